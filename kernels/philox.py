@@ -1,0 +1,85 @@
+"""Philox4x32-10, the counter-based generator behind keyed noise, in plain torch integers.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), Random123's
+Philox4x32 with 10 rounds. Same bits on every device; Triton's tl.philox gives the same words.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, ...]:
+    """Returns the four 32-bit output words of every counter.
+
+    Args:
+        counter: four int64 tensors that broadcast together, each word in ``[0, 2**32)``.
+        key: 64 bits; the low word is key 0.
+
+    Returns:
+        Four int64 tensors with values in ``[0, 2**32)``.
+    """
+    word0, word1, word2, word3 = counter
+    key0, key1 = key & _MASK, (key >> 32) & _MASK
+    for _ in range(10):
+        # the signed product wraps, its bits do not: shift and mask still give the high word
+        product0, product1 = word0 * _MULTIPLIERS[0], word2 * _MULTIPLIERS[1]
+        word0, word1, word2, word3 = (
+            ((product1 >> 32) & _MASK) ^ word1 ^ key0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ word3 ^ key1,
+            product0 & _MASK,
+        )
+        key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
+    return word0, word1, word2, word3
+
+
+def keyed_gumbel(
+    seed: int, row: int, position: int, token_ids: Tensor, *, nonce: int = 0
+) -> Tensor:
+    """Returns standard Gumbel noise that depends on nothing but its key.
+
+    One counter serves four neighbouring token ids: (token >> 2, position, row, nonce).
+
+    Args:
+        seed: 64-bit key.
+        row: the row's number, which travels with the row.
+        position: absolute position of the token to be chosen, padding left out.
+        token_ids: ``[k]`` int64 ids to make noise for.
+        nonce: raised when emitted text is discarded and drawn anew.
+
+    Returns:
+        ``[k]`` float64: the uniform has 32 bits, so that the winning tail is not starved, and
+        the logarithms are taken in float64, so that dense and sparse calls agree.
+    """
+
+    def word(value: int) -> Tensor:
+        return torch.tensor(value & _MASK, dtype=torch.int64, device=token_ids.device)
+
+    words = philox_4x32((token_ids >> 2, word(position), word(row), word(nonce)), seed)
+    bits = torch.stack(words).gather(0, (token_ids & 3).unsqueeze(0)).squeeze(0)
+    uniform = (bits.to(torch.float64) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def keyed_gumbel_dense(
+    seed: int, row: int, position: int, vocab_size: int, device: torch.device, *, nonce: int = 0
+) -> Tensor:
+    """Returns `keyed_gumbel` for the ids 0..vocab_size-1, ``[vocab_size]`` float64.
+
+    All four lanes of a counter are used, a quarter of the work of asking id by id.
+    """
+    blocks = torch.arange((vocab_size + 3) // 4, dtype=torch.int64, device=device)
+
+    def word(value: int) -> Tensor:
+        return torch.tensor(value & _MASK, dtype=torch.int64, device=device)
+
+    words = philox_4x32((blocks, word(position), word(row), word(nonce)), seed)
+    bits = torch.stack(words, dim=1).reshape(-1)[:vocab_size]
+    uniform = (bits.to(torch.float64) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform))

@@ -1,0 +1,23 @@
+"""The exceptions a caller may want to tell apart; each is also a ValueError or a RuntimeError."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """An argument, or a combination of arguments, that cannot work."""
+
+
+class TreeError(ValueError):
+    """A draft tree that breaks its contract: shape, order of nodes, or the laws of its nodes."""
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be decoded through draft trees; the message says why."""
+
+
+class LogitsError(RuntimeError):
+    """Logits with no token left to choose: NaN somewhere, or minus infinity everywhere."""
+
+
+class BusyError(RuntimeError):
+    """A generator that was called again before its running call had ended."""

@@ -1,0 +1,268 @@
+"""The contracts between drafter, policy, target and verifier. Data and protocols, no behaviour.
+
+Shape letters: B rows of a batch, N nodes of a tree (root included), V vocabulary, T prompt tokens.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from specdec.random import RandomSource
+    from specdec.trees.tree import DraftTree
+
+
+class Draw(enum.IntEnum):
+    """How a node's token came to be, given its earlier siblings; it fixes the node's draft law q.
+
+    POINT: chosen by a rule that cannot see the verifier's coins (top-k, n-gram): a point mass.
+    IID: drawn from the parent's q with replacement; duplicates stay, as separate nodes.
+    WOR: drawn without replacement: the parent's q, earlier siblings zeroed, renormalised.
+    COUPLED: chosen with the verifier's own keyed noise; only the coupled verifier accepts it.
+    """
+
+    POINT = 0
+    IID = 1
+    WOR = 2
+    COUPLED = 3
+
+
+class LawRows(NamedTuple):
+    """Next-token log-probabilities for n nodes, dense or sparse.
+
+    Attributes:
+        log_probs: ``[n, V]`` float when dense, ``[n, k]`` when sparse. A sparse row is sorted from
+            likely to unlikely; padding is -inf. A row may sum to less than one: the rest is "none
+            of these". Drawing from a row normalises it first.
+        ids: ``[n, k]`` int64 token ids of a sparse law (padding -1), or None when dense.
+    """
+
+    log_probs: Tensor
+    ids: Tensor | None = None
+
+
+class ProbRow(NamedTuple):
+    """One law as probabilities: ``[V]``, or ``[k]`` beside the ids ``[k]`` it names (padding -1)."""
+
+    probs: Tensor
+    ids: Tensor | None = None
+
+
+class Budget(NamedTuple):
+    """What a policy may spend on one tree.
+
+    Attributes:
+        nodes: draft nodes, the root not counted.
+        depth: the deepest level allowed; the root has depth 0.
+    """
+
+    nodes: int
+    depth: int
+
+
+class Root(NamedTuple):
+    """The root of a tree: the last committed token and its absolute position, padding left out."""
+
+    token: int
+    position: int
+
+
+class Verdict(NamedTuple):
+    """What a verifier decided.
+
+    Attributes:
+        path: accepted node indices from the first level down, the root not included.
+        next_token: the token emitted after the path: bonus token if the path ends at a leaf,
+            correction token otherwise.
+    """
+
+    path: list[int]
+    next_token: int
+
+
+class PromptRows(NamedTuple):
+    """The target's best guesses at the positions of a prompt, for drafters that ask for them.
+
+    Attributes:
+        ids: ``[T, k]`` int64, best first; row t holds the guesses for the token after position t.
+        logits: ``[T, k]`` float32 raw logits of those ids.
+    """
+
+    ids: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterNeeds:
+    """What a drafter wants to see of the target, beside the logits of its own tree nodes.
+
+    Attributes:
+        prompt_top_k: entries per prompt position handed to `Drafter.start`; 0 for none.
+    """
+
+    prompt_top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TargetInfo:
+    """What a drafter may know of the target when it is attached to it."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DraftContext:
+    """One row at the moment a tree is wanted.
+
+    Attributes:
+        row: the row's number in the call; it stays when other rows finish.
+        tokens: every committed token of the row, padding left out; the last one is the root.
+            Read only: the list goes on growing.
+        remaining: tokens the row may still emit, at least 1.
+    """
+
+    row: int
+    tokens: Sequence[int]
+    remaining: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What became of one row's tree.
+
+    Attributes:
+        row: as in `DraftContext`.
+        tree: the tree that was scored, root-only when nothing was drafted.
+        path: accepted nodes, root not included; cut where the row stopped.
+        emitted: the tokens that were kept, `next_token` included unless the row stopped before.
+        logits: ``[N, V]`` raw target logits of all nodes, accepted or not, in the model's dtype.
+    """
+
+    row: int
+    tree: DraftTree
+    path: Sequence[int]
+    emitted: Sequence[int]
+    logits: Tensor
+
+
+class DraftLaw(Protocol):
+    """A drafter's guess about one row's future: a law over next tokens at every node asked for.
+
+    Nodes are handles that the law issues, never token paths, so that equal siblings stay apart.
+    """
+
+    def extend(self, parent: int, token: int) -> int:
+        """Returns a new handle for `parent` followed by `token`; handle 0 is the root."""
+        ...
+
+    def rows(self, handles: Sequence[int]) -> LawRows:
+        """Returns the next-token law at each handle, in that order."""
+        ...
+
+
+class TargetLaw(Protocol):
+    """The target's next-token law at the nodes of one tree, the user's processors applied.
+
+    A row is computed when it is asked for, on that node's own prefix. Rules that walk down ask
+    along the path they accept, so a processor that keeps state never sees a rejected branch.
+    """
+
+    greedy: bool
+
+    def position(self, node: int) -> int:
+        """Returns the absolute position of the token emitted after `node`, padding left out."""
+        ...
+
+    def scores(self, node: int) -> Tensor:
+        """Returns ``[V]`` processed logits; softmax of them is `row` unless `greedy`."""
+        ...
+
+    def row(self, node: int) -> Tensor:
+        """Returns ``[V]`` probabilities; a point mass when `greedy`."""
+        ...
+
+    def argmax(self, node: int) -> int:
+        """Returns the most probable token at `node`, the lowest id among equals."""
+        ...
+
+
+GrowPlan = Generator[Sequence[int], LawRows, "DraftTree"]
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Guesses. One object serves all rows of a batch; per-row state is keyed by the row number."""
+
+    name: str
+    needs: DrafterNeeds
+
+    def attach(self, target: TargetInfo) -> None:
+        """Fits the drafter to a target, before any other call. Raises ConfigError on a misfit."""
+        ...
+
+    def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
+        """Begins a row.
+
+        Args:
+            row: the row's number.
+            prompt: its tokens, padding left out.
+            prompt_rows: the target's guesses at the LAST positions of the prompt (those that were
+                not in an earlier turn's cache), if `needs` asked for them.
+        """
+        ...
+
+    def law(self, context: DraftContext) -> DraftLaw:
+        """Returns the law to grow this row's next tree from."""
+        ...
+
+    def expand(self, requests: Sequence[tuple[DraftLaw, Sequence[int]]]) -> list[LawRows]:
+        """Answers what the trees of a batch want next; a model does it in one batched pass."""
+        ...
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learns from a finished step; called once a step and row, root-only trees included."""
+        ...
+
+    def stop(self, row: int) -> None:
+        """Forgets a row's private state; also called when a row ends in an error."""
+        ...
+
+    def reset(self) -> None:
+        """Forgets everything learned, as if newly attached."""
+        ...
+
+
+@runtime_checkable
+class TreePolicy(Protocol):
+    """Decides which guesses to spend the node budget on.
+
+    Whether a node exists may depend on anything revealed before it, never on its own token's
+    value: that is the condition for lossless acceptance of drawn tokens.
+    """
+
+    name: str
+    draws: frozenset[Draw]
+
+    def grow(
+        self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource
+    ) -> GrowPlan:
+        """Grows one tree: yields the handles it wants rows for, receives them, returns the tree."""
+        ...
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Accepts a path and emits one more token, so that the text follows the target's law exactly."""
+
+    name: str
+    accepts: frozenset[Draw]
+
+    def verify(self, tree: DraftTree, target: TargetLaw, random: RandomSource) -> Verdict:
+        """Returns the accepted path and the token after it."""
+        ...

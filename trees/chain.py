@@ -1,0 +1,39 @@
+"""The plain chain: one guess a level, as in Leviathan et al. (arXiv 2211.17192)."""
+
+from __future__ import annotations
+
+from specdec.random import RandomSource
+from specdec.trees.build import TreeBuilder
+from specdec.trees.draws import choose_tokens
+from specdec.types import Budget, DraftLaw, Draw, GrowPlan, Root
+
+
+class Chain:
+    """One node a level until the budget, the depth or the drafter's knowledge ends.
+
+    Args:
+        draw: how each token is chosen. POINT takes the most probable one.
+        max_depth: the longest chain, whatever the budget (`num_speculative_tokens` elsewhere).
+    """
+
+    name = "chain"
+
+    def __init__(self, draw: Draw = Draw.POINT, max_depth: int | None = None) -> None:
+        self.draws = frozenset({draw})
+        self._draw = draw
+        self._max_depth = max_depth
+
+    def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
+        builder = TreeBuilder(root.token)
+        length = min(budget.nodes, budget.depth, self._max_depth or budget.nodes)
+        node = 0
+        for depth in range(1, length + 1):
+            rows = yield [builder.handles[node]]
+            tokens = choose_tokens(rows, 0, 1, self._draw, random, root.position + depth)
+            if not tokens:
+                break
+            drawn = self._draw in (Draw.IID, Draw.WOR)
+            q_row = builder.add_law(rows, 0) if drawn else -1
+            handle = law.extend(builder.handles[node], tokens[0])
+            node = builder.add(node, tokens[0], handle, self._draw, q_row)
+        return builder.build()

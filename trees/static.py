@@ -1,0 +1,97 @@
+"""Static trees: a fixed template of ranks, filled level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specdec.errors import ConfigError
+from specdec.random import RandomSource
+from specdec.trees.build import TreeBuilder
+from specdec.trees.draws import choose_tokens
+from specdec.types import Budget, DraftLaw, Draw, GrowPlan, Root
+
+Template = Sequence[Sequence[int]]
+
+
+def _paths(text: str) -> list[tuple[int, ...]]:
+    """Returns rank paths from 'parent:count' entries, a parent written as its digits."""
+    paths = []
+    for entry in text.split():
+        parent, count = entry.split(":")
+        paths += [(*map(int, parent), rank) for rank in range(int(count))]
+    return paths
+
+
+# Token recycling's 80 nodes, 8/21/25/15/8/3 a level (arXiv 2408.08696, the tree "2.2.2" of its
+# code), written as the number of children of each node.
+TOKEN_RECYCLING_80: Template = _paths(
+    ":8 0:8 1:4 2:3 3:2 4:1 5:1 6:1 7:1 "
+    "00:8 01:3 02:2 03:1 04:1 05:1 06:1 07:1 10:2 11:1 20:1 30:1 40:1 50:1 "
+    "000:5 001:2 002:1 003:1 004:1 010:1 020:1 100:1 200:1 300:1 "
+    "0000:3 0001:1 0002:1 0010:1 0100:1 1000:1 00000:2 00010:1"
+)
+
+# How likely the r-th guess is the right one, measured once for token recycling on chat prompts; it
+# only ranks a template's nodes, to cut it to a smaller budget.
+_RANK_PRIOR = (0.45, 0.12, 0.07, 0.05, 0.035, 0.03, 0.025, 0.02)
+
+
+class Static:
+    """The same tree every step: node (r1, r2, ...) is the r-th choice below node (r1, ...).
+
+    A template with more nodes than the budget is cut to its most promising ones; ranks that the
+    law does not have are left out with everything below them.
+
+    Args:
+        template: rank paths, each prefix of a path in it too; None for token recycling's 80.
+        draw: how the children of a node are chosen. IID and WOR take them in order of drawing.
+
+    Raises:
+        ConfigError: if a path's parent or an earlier rank is missing.
+    """
+
+    name = "static"
+
+    def __init__(self, template: Template | None = None, draw: Draw = Draw.POINT) -> None:
+        self.draws = frozenset({draw})
+        self._draw = draw
+        paths = [tuple(path) for path in (TOKEN_RECYCLING_80 if template is None else template)]
+        known = {(), *paths}
+        for path in paths:
+            if not path or path[:-1] not in known:
+                raise ConfigError(f"template path {path} needs its parent {path[:-1]} too")
+            if path[-1] > 0 and (*path[:-1], path[-1] - 1) not in known:
+                raise ConfigError(f"template path {path} needs the rank before it too")
+        self._paths = sorted(set(paths), key=_promise)
+
+    def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
+        width: dict[tuple[int, ...], int] = {}
+        for path in self._paths[: budget.nodes]:
+            width[path[:-1]] = width.get(path[:-1], 0) + 1
+        builder = TreeBuilder(root.token)
+        drawn = self._draw in (Draw.IID, Draw.WOR)
+        level: list[tuple[tuple[int, ...], int]] = [((), 0)]
+        for depth in range(1, budget.depth + 1):
+            expanding = [(path, node) for path, node in level if path in width]
+            if not expanding:
+                break
+            rows = yield [builder.handles[node] for _, node in expanding]
+            level = []
+            for index, (path, node) in enumerate(expanding):
+                tokens = choose_tokens(
+                    rows, index, width[path], self._draw, random, root.position + depth
+                )
+                q_row = builder.add_law(rows, index) if drawn and tokens else -1
+                for rank, token in enumerate(tokens):
+                    handle = law.extend(builder.handles[node], token)
+                    child = builder.add(node, token, handle, self._draw, q_row)
+                    level.append(((*path, rank), child))
+        return builder.build()
+
+
+def _promise(path: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
+    """Sorts by falling product of rank priors; a parent always comes before its children."""
+    value = 1.0
+    for rank in path:
+        value *= _RANK_PRIOR[min(rank, len(_RANK_PRIOR) - 1)]
+    return (-value, path)

@@ -1,0 +1,178 @@
+"""The draft tree: what every policy returns, the target scores and every verifier reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from specdec.errors import TreeError
+from specdec.types import Draw, LawRows, ProbRow
+
+_SUM_TOLERANCE = 1e-3  # float16 logits normalised in float32 stay well inside
+
+
+@dataclass(frozen=True, eq=False)
+class DraftTree:
+    """One sequence's guesses, checked on construction.
+
+    Attributes:
+        tokens: ``[N]`` int64. Node 0 is the last committed token.
+        parents: ``[N]`` int32. ``parents[0] = -1`` and ``parents[i] < i``; siblings are TESTED IN
+            INDEX ORDER.
+        draws: ``[N]`` int8 `Draw` codes: how each node's token came to be (the root: POINT).
+        q_row: ``[N]`` int32: the row of `q` that the node was drawn from, -1 for a point mass.
+        q: the draft laws, one row for each expanding parent: ``log_probs [R, V]``, or sparse
+            ``[R, k]`` beside ``ids``. None when every node is a point mass.
+
+    Raises:
+        TreeError: if any of this does not hold.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    draws: Tensor
+    q_row: Tensor
+    q: LawRows | None = None
+
+    @classmethod
+    def from_lists(
+        cls,
+        tokens: Sequence[int],
+        parents: Sequence[int],
+        draws: Sequence[Draw] | None = None,
+        q_row: Sequence[int] | None = None,
+        q: LawRows | None = None,
+    ) -> DraftTree:
+        """Returns a tree from plain lists; without `draws` every node is a point mass."""
+        return cls(
+            tokens=torch.tensor(tokens, dtype=torch.int64),
+            parents=torch.tensor(parents, dtype=torch.int32),
+            draws=torch.tensor(draws or [Draw.POINT] * len(tokens), dtype=torch.int8),
+            q_row=torch.tensor(q_row or [-1] * len(tokens), dtype=torch.int32),
+            q=q,
+        )
+
+    @classmethod
+    def root_only(cls, token: int) -> DraftTree:
+        """Returns the tree of plain decoding: nothing drafted."""
+        return cls.from_lists([token], [-1])
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 1 or len(self.tokens) == 0:
+            raise TreeError(f"tokens must be [N] with N >= 1, got {tuple(self.tokens.shape)}")
+        for name in ("parents", "draws", "q_row"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != tuple(self.tokens.shape):
+                raise TreeError(f"{name} must be [{len(self.tokens)}] like tokens, got {shape}")
+        if self.parent_list[0] != -1:
+            raise TreeError(f"parents[0] must be -1 (the root), got {self.parent_list[0]}")
+        for node, parent in enumerate(self.parent_list[1:], start=1):
+            if not 0 <= parent < node:
+                raise TreeError(f"parents[{node}] must be in 0..{node - 1}, got {parent}")
+        if min(self.token_list) < 0:
+            raise TreeError("token ids must not be negative")
+        if self.drawn_nodes:
+            self._check_laws()
+
+    def _check_laws(self) -> None:
+        if self.q is None:
+            raise TreeError("nodes drawn from a law need that law: q is missing")
+        sums = self.q.log_probs.exp().sum(dim=-1)
+        if not torch.all((sums - 1).abs() < _SUM_TOLERANCE):
+            raise TreeError(f"each row of q must sum to 1, got {sums.tolist()}")
+        for node in self.drawn_nodes:
+            row, token = self.q_row_list[node], self.token_list[node]
+            if not 0 <= row < len(sums):
+                raise TreeError(f"q_row[{node}] must be in 0..{len(sums) - 1}, got {row}")
+            if not self._law_has(row, token):
+                raise TreeError(f"node {node} holds token {token}, which its law never draws")
+            if self.draw_list[node] == Draw.WOR and any(
+                self.token_list[other] == self.token_list[node]
+                for other in self.children[self.parent_list[node]]
+                if other < node
+            ):
+                raise TreeError(f"node {node} repeats a sibling that it was drawn without")
+
+    def _law_has(self, row: int, token: int) -> bool:
+        assert self.q is not None
+        log_probs = self.q.log_probs[row]
+        if self.q.ids is None:
+            return token < len(log_probs) and float(log_probs[token]) > -torch.inf
+        return bool((log_probs[self.q.ids[row] == token] > -torch.inf).any())
+
+    def __len__(self) -> int:
+        return len(self.token_list)
+
+    @property
+    def num_drafted(self) -> int:
+        """Nodes without the root."""
+        return len(self.token_list) - 1
+
+    @cached_property
+    def token_list(self) -> list[int]:
+        """`tokens` as a list; walking a tree node by node is faster on lists."""
+        return self.tokens.tolist()
+
+    @cached_property
+    def parent_list(self) -> list[int]:
+        """`parents` as a list."""
+        return self.parents.tolist()
+
+    @cached_property
+    def draw_list(self) -> list[int]:
+        """`draws` as a list."""
+        return self.draws.tolist()
+
+    @cached_property
+    def q_row_list(self) -> list[int]:
+        """`q_row` as a list."""
+        return self.q_row.tolist()
+
+    @cached_property
+    def drawn_nodes(self) -> list[int]:
+        """The nodes whose law is a row of `q`: drawn with or without replacement."""
+        return [i for i, draw in enumerate(self.draw_list) if draw in (Draw.IID, Draw.WOR)]
+
+    @cached_property
+    def depth_list(self) -> list[int]:
+        """Each node's depth; the root has depth 0."""
+        depths = [0] * len(self)
+        for node, parent in enumerate(self.parent_list[1:], start=1):
+            depths[node] = depths[parent] + 1
+        return depths
+
+    @cached_property
+    def children(self) -> list[list[int]]:
+        """Each node's children in index order, the order in which they are tested."""
+        children: list[list[int]] = [[] for _ in range(len(self))]
+        for node, parent in enumerate(self.parent_list[1:], start=1):
+            children[parent].append(node)
+        return children
+
+    @cached_property
+    def kinds(self) -> frozenset[Draw]:
+        """The draw laws that occur among the drafted nodes."""
+        return frozenset(Draw(draw) for draw in self.draw_list[1:])
+
+    def path_to(self, node: int) -> list[int]:
+        """Returns the nodes from the first level down to `node`, the root not included."""
+        path = []
+        while node > 0:
+            path.append(node)
+            node = self.parent_list[node]
+        return path[::-1]
+
+    def path_tokens(self, node: int) -> list[int]:
+        """Returns the tokens along `path_to(node)`."""
+        return [self.token_list[i] for i in self.path_to(node)]
+
+    def draft_probs(self, row: int) -> ProbRow:
+        """Returns row `row` of q as probabilities, before any sibling was taken out."""
+        if self.q is None:
+            raise TreeError("this tree has no draft laws")
+        ids = None if self.q.ids is None else self.q.ids[row]
+        return ProbRow(self.q.log_probs[row].exp(), ids)

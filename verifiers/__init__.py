@@ -1,0 +1,7 @@
+"""Lossless acceptance rules."""
+
+from specdec.verifiers.coupled import Coupled
+from specdec.verifiers.match import Match
+from specdec.verifiers.rejection import Rejection
+
+__all__ = ["Coupled", "Match", "Rejection"]
