@@ -1,0 +1,6 @@
+"""Drafters: cheap guesses about what the target will write."""
+
+from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.token_recycling import TokenRecycling
+
+__all__ = ["PromptLookup", "TokenRecycling"]

@@ -1,0 +1,172 @@
+"""Token recycling: the target's discarded guesses, kept as an adjacency matrix of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.drafters.base import BaseDrafter
+from specdec.errors import ConfigError
+from specdec.kernels.top_k_rows import top_k_rows
+from specdec.types import (
+    DraftContext,
+    DrafterNeeds,
+    DraftLaw,
+    LawRows,
+    PromptRows,
+    StepOutcome,
+    TargetInfo,
+)
+
+# survivor-probability edges of the calibration buckets
+_EDGES = np.log(np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95], dtype=np.float32))
+_PRIOR_STRENGTH = 20.0
+
+
+class TokenRecycling(BaseDrafter):
+    """Remembers, for each token, the target's k best successors the last time it was scored.
+
+    Every node of every tree writes its row, accepted or not, and so does every prompt position;
+    a later row replaces an earlier one. The next tree follows the rows from the root.
+
+    Source: Luo et al., "Turning Trash into Treasure" (arXiv 2408.08696). Where we differ: rows
+    never seen give no children (the paper's code drafts token 0); of two nodes with one token the
+    last on the accepted path wins (undefined there); prompt positions are recycled too; and
+    beside each id we keep its share among the survivors in float16, from which the chance that
+    the guess is right is estimated by counting, so trees can be grown best first. At a vocabulary
+    of 32k the matrix takes 1.5 MB.
+
+    Rows of a batch, and calls, share the matrix: it changes which guesses are made, never the text.
+
+    Args:
+        num_successors: k, the entries of a row.
+        prompt_rows: recycle the prompt's positions too. The paper does not; it pays on text that
+            repeats its prompt and costs the language-model head at every prompt position.
+    """
+
+    name = "token_recycling"
+
+    def __init__(self, num_successors: int = 8, prompt_rows: bool = True) -> None:
+        if num_successors < 1:
+            raise ConfigError(f"num_successors must be at least 1, got {num_successors}")
+        self._k = num_successors
+        self.needs = DrafterNeeds(prompt_top_k=num_successors if prompt_rows else 0)
+        self._successors = np.zeros((0, num_successors), dtype=np.int32)
+        self._log_shares = np.zeros((0, num_successors), dtype=np.float16)
+        self._calibration = _Calibration(num_successors)
+
+    def attach(self, target: TargetInfo) -> None:
+        """Makes the matrix for a vocabulary; keeps a learned one that already fits."""
+        if self._k > target.vocab_size:
+            raise ConfigError(
+                f"num_successors is {self._k}, but the vocabulary has {target.vocab_size} tokens"
+            )
+        if len(self._successors) == 0:
+            self._successors = np.full((target.vocab_size, self._k), -1, dtype=np.int32)
+            self._log_shares = np.full((target.vocab_size, self._k), -np.inf, dtype=np.float16)
+        elif len(self._successors) != target.vocab_size:
+            raise ConfigError(
+                f"this token_recycling matrix was learned for {len(self._successors)} tokens, the "
+                f"target has {target.vocab_size}; make a new drafter or call reset()"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return self._successors.nbytes + self._log_shares.nbytes
+
+    def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
+        """Writes the prompt's rows."""
+        if prompt_rows is not None:
+            self._write(list(prompt[-len(prompt_rows.ids) :]), prompt_rows.ids, prompt_rows.logits)
+
+    def law(self, context: DraftContext) -> DraftLaw:
+        """Returns the law that follows the matrix from the root."""
+        return _MatrixLaw(self, context.tokens[-1])
+
+    def rows_of(self, tokens: Sequence[int]) -> LawRows:
+        """Returns the rows of tokens: ids, and the estimated chance that each is the next token."""
+        index = np.asarray(tokens, dtype=np.int64)
+        ids = self._successors[index]
+        log_probs = self._calibration.log_chance(self._log_shares[index])
+        log_probs[ids < 0] = -np.inf
+        return LawRows(torch.from_numpy(log_probs), torch.from_numpy(ids.astype(np.int64)))
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Counts which guesses were right, then recycles every node's logits."""
+        tree = outcome.tree
+        visited = [0, *outcome.path][: len(outcome.emitted)]
+        tokens = [tree.token_list[node] for node in visited]
+        ids = self._successors[tokens]
+        self._calibration.record(self._log_shares[tokens], ids, np.asarray(outcome.emitted))
+        values, best = top_k_rows(outcome.logits[: len(tree)], self._k)
+        # shallow first, the accepted path last: the row with the truest context stays
+        on_path = {0, *outcome.path}
+        order = sorted(range(len(tree)), key=lambda n: (n in on_path, tree.depth_list[n]))
+        self._write(
+            [tree.token_list[node] for node in order], best[order].cpu(), values[order].cpu()
+        )
+
+    def reset(self) -> None:
+        """Forgets the matrix and the calibration."""
+        self._successors.fill(-1)
+        self._log_shares.fill(-np.inf)
+        self._calibration = _Calibration(self._k)
+
+    def _write(self, tokens: list[int], ids: Tensor, logits: Tensor) -> None:
+        last = {token: position for position, token in enumerate(tokens)}
+        index, source = list(last.keys()), list(last.values())
+        self._successors[index] = ids[source].numpy()
+        shares = torch.log_softmax(logits[source].float(), dim=-1)
+        self._log_shares[index] = shares.to(torch.float16).numpy()
+
+
+class _MatrixLaw:
+    """A handle stands for its token: the matrix knows no longer context."""
+
+    def __init__(self, drafter: TokenRecycling, root: int) -> None:
+        self._drafter = drafter
+        self._tokens = [root]
+
+    def extend(self, parent: int, token: int) -> int:
+        self._tokens.append(token)
+        return len(self._tokens) - 1
+
+    def rows(self, handles: Sequence[int]) -> LawRows:
+        return self._drafter.rows_of([self._tokens[handle] for handle in handles])
+
+
+class _Calibration:
+    """Counts how often a guess of a given rank and survivor share was the next token."""
+
+    def __init__(self, num_ranks: int) -> None:
+        buckets = len(_EDGES) + 1
+        # before anything was counted: about half the share, since the context is another one
+        share = np.exp(np.concatenate([_EDGES[:1] - 1, (_EDGES[1:] + _EDGES[:-1]) / 2, [0.0]]))
+        prior = np.repeat(0.55 * share[None, :], num_ranks, axis=0)
+        self._hits = prior * _PRIOR_STRENGTH
+        self._trials = np.full((num_ranks, buckets), _PRIOR_STRENGTH)
+        self._ranks = np.arange(num_ranks)
+
+    def log_chance(self, log_shares: np.ndarray) -> np.ndarray:
+        """Returns ``[n, k]`` float32 log-probabilities, falling along each row."""
+        table = np.log(self._hits / self._trials).astype(np.float32)
+        buckets = np.searchsorted(_EDGES, log_shares.astype(np.float32))
+        # the best guess stays first: a law's rows are sorted
+        chance = np.minimum.accumulate(table[self._ranks, buckets], axis=1)
+        # together the guesses cannot be more than certain
+        excess = np.log(np.maximum(np.exp(chance).sum(axis=1, keepdims=True), 1.0))
+        return chance - excess
+
+    def record(self, log_shares: np.ndarray, ids: np.ndarray, emitted: np.ndarray) -> None:
+        """Counts rows whose true next token has become known."""
+        known = ids[:, 0] >= 0
+        if not known.any():
+            return
+        buckets = np.searchsorted(_EDGES, log_shares[known].astype(np.float32))
+        ranks = np.broadcast_to(self._ranks, buckets.shape)
+        np.add.at(self._trials, (ranks, buckets), 1.0)
+        np.add.at(self._hits, (ranks, buckets), ids[known] == emitted[known, None])

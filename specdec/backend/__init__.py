@@ -1,0 +1,1 @@
+"""A HuggingFace model that scores trees: cache, masks, one pass. No drafting, no acceptance."""

@@ -1,0 +1,202 @@
+"""A preallocated key-value cache in which every row has its own length.
+
+Row b holds its tokens at slots ``0 .. length[b]``, whatever padding the prompt had. A pass writes
+its N new tokens at slots ``length[b] .. length[b] + N``; nothing is committed until `commit` says
+which of them stay, so rolling back costs nothing. HuggingFace's own layers concatenate the whole
+cache at every step instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class LayerSpec(NamedTuple):
+    """What one layer's keys and values look like."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, layer: Any) -> LayerSpec:
+        """Returns the spec of a filled HuggingFace cache layer."""
+        keys, values = layer.keys, layer.values
+        return cls(keys.shape[1], keys.shape[-1], values.shape[-1], keys.dtype, keys.device)
+
+
+class TreeCache:
+    """The cache of one call.
+
+    Layers of equal shape share one pool ``[L, B, H, S, D]`` for keys and one for values, so that
+    a path is compacted in two copies for all layers together.
+
+    Args:
+        specs: one for each layer of the model.
+        batch_size: rows.
+        capacity: slots a row; it grows by doubling when more are asked for.
+    """
+
+    def __init__(self, specs: Sequence[LayerSpec], batch_size: int, capacity: int) -> None:
+        self.specs = list(specs)
+        self.lengths = [0] * batch_size
+        self.capacity = capacity
+        self._groups: dict[LayerSpec, list[int]] = {}
+        for index, spec in enumerate(self.specs):
+            self._groups.setdefault(spec, []).append(index)
+        self._pools = self._allocate(batch_size, capacity)
+        self.layers = [_TreeLayer(self) for _ in self.specs]
+        self.hf_cache = Cache(layers=list(self.layers))
+        self.pass_size = 0
+        self._lay_views()
+
+    def _allocate(self, batch_size: int, capacity: int) -> dict[LayerSpec, tuple[Tensor, Tensor]]:
+        # zeros, not empty: a masked slot that holds NaN would still poison the weighted sum
+        return {
+            spec: (
+                torch.zeros(
+                    (len(members), batch_size, spec.num_heads, capacity, spec.key_dim),
+                    dtype=spec.dtype,
+                    device=spec.device,
+                ),
+                torch.zeros(
+                    (len(members), batch_size, spec.num_heads, capacity, spec.value_dim),
+                    dtype=spec.dtype,
+                    device=spec.device,
+                ),
+            )
+            for spec, members in self._groups.items()
+        }
+
+    def _lay_views(self) -> None:
+        """Points every layer at its rows of the pools; only active rows are in view."""
+        for spec, members in self._groups.items():
+            keys, values = self._pools[spec]
+            for place, index in enumerate(members):
+                self.layers[index].keys = keys[place, : self.batch_size]
+                self.layers[index].values = values[place, : self.batch_size]
+
+    @property
+    def batch_size(self) -> int:
+        """Active rows."""
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(k.nbytes + v.nbytes for k, v in self._pools.values())
+
+    def begin_pass(self, pass_size: int) -> None:
+        """Prepares for a pass that writes `pass_size` tokens a row behind the committed ones."""
+        needed = max(self.lengths) + pass_size
+        if needed > self.capacity:
+            self._grow(max(needed, 2 * self.capacity))
+        self.pass_size = pass_size
+
+    @property
+    def visible(self) -> int:
+        """Slots that the running pass attends over: committed and new ones of the longest row."""
+        return max(self.lengths) + self.pass_size
+
+    def _grow(self, capacity: int) -> None:
+        old, filled = self._pools, self.capacity
+        batch_size = next(iter(old.values()))[0].shape[1]
+        self._pools = self._allocate(batch_size, capacity)
+        for spec, pools in old.items():
+            for new, pool in zip(self._pools[spec], pools, strict=True):
+                new[..., :filled, :] = pool
+        self.capacity = capacity
+        self._lay_views()
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keeps the root and the nodes of `paths` of the last pass; the others are overwritten.
+
+        Args:
+            paths: for each active row the accepted nodes, ascending, root (node 0) not included.
+        """
+        for row, path in enumerate(paths):
+            start = self.lengths[row]
+            count = len(path)
+            if list(path) != list(range(1, count + 1)):
+                for keys, values in self._pools.values():
+                    for pool in (keys, values):
+                        source = torch.tensor(path, device=pool.device) + start
+                        kept = pool[:, row].index_select(-2, source)
+                        pool[:, row, :, start + 1 : start + 1 + count] = kept
+            self.lengths[row] = start + 1 + count
+
+    def retire(self, row: int) -> None:
+        """Takes a row out of the active ones; the last active row takes its place.
+
+        The retired row's keys and values stay, behind the active rows, until they are exported.
+        """
+        last = self.batch_size - 1
+        if row != last:
+            for keys, values in self._pools.values():
+                for pool in (keys, values):
+                    pool[:, [row, last]] = pool[:, [last, row]]
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+        self._lay_views()
+
+    def row_states(self, pool_row: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Returns keys and values ``[H, length, D]`` of each layer for a row, active or retired."""
+        states: list[tuple[Tensor, Tensor]] = [None] * len(self.specs)  # type: ignore[list-item]
+        for spec, members in self._groups.items():
+            keys, values = self._pools[spec]
+            for place, index in enumerate(members):
+                states[index] = (
+                    keys[place, pool_row, :, :length],
+                    values[place, pool_row, :, :length],
+                )
+        return states
+
+
+class _TreeLayer(CacheLayerMixin):
+    """One layer's view of a `TreeCache`, in the form that HuggingFace's attention calls."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, cache: TreeCache) -> None:
+        super().__init__()
+        self._cache = cache
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Does nothing: the storage exists from the start."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens behind each row's committed ones; returns all visible slots."""
+        lengths, count = self._cache.lengths, key_states.shape[-2]
+        if min(lengths) == max(lengths):
+            start = lengths[0]
+            self.keys[:, :, start : start + count] = key_states
+            self.values[:, :, start : start + count] = value_states
+        else:
+            for row, start in enumerate(lengths):
+                self.keys[row, :, start : start + count] = key_states[row]
+                self.values[row, :, start : start + count] = value_states[row]
+        visible = self._cache.visible
+        return self.keys[:, :, :visible], self.values[:, :, :visible]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Returns the number of slots attended over, and that they start at slot 0."""
+        return self._cache.visible, 0
+
+    def get_seq_length(self) -> int:
+        """Returns the committed length of the longest row."""
+        return max(self._cache.lengths)
+
+    def get_max_length(self) -> int:
+        """Returns -1: the cache grows."""
+        return -1

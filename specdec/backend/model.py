@@ -1,0 +1,112 @@
+"""One pass of a HuggingFace model over a padded batch of trees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec.backend.cache import LayerSpec, TreeCache
+from specdec.backend.masks import as_additive, tree_visibility
+from specdec.backend.support import ModelTraits, read_traits
+
+
+class TreeModel:
+    """A model that can be asked for the logits of trees.
+
+    It holds no state of a call: the cache is made by `new_cache` and handed in. The model itself
+    is not changed.
+
+    Args:
+        model: a HuggingFace causal language model with attn_implementation "sdpa" or "eager".
+
+    Raises:
+        UnsupportedModelError: if the model cannot take trees.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.traits: ModelTraits = read_traits(model)
+        self.specs: list[LayerSpec] = []  # filled by the probe, which sees the model's own cache
+        self._keeps_logits: bool = model._supports_logits_to_keep()
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
+        """Returns an empty cache for `batch_size` rows of `capacity` slots."""
+        return TreeCache(self.specs, batch_size, capacity)
+
+    def forward(
+        self,
+        cache: TreeCache,
+        tokens: Tensor,
+        positions: Tensor,
+        ancestors: Tensor | None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Runs one pass and writes its keys and values behind each row's committed tokens.
+
+        Args:
+            cache: `new_cache`'s; nothing is committed here.
+            tokens: ``[B, N]`` int64.
+            positions: ``[B, N]`` int64, length of the row's prefix plus depth.
+            ancestors: ``[B, N, N]`` bool; None for a causal pass over rows of equal length, which
+                then goes the model's own way, with its own masks.
+            keep: ``[K]`` int64 indices into N whose logits are wanted; None for all.
+
+        Returns:
+            ``[B, N, V]`` (or ``[B, K, V]``) logits in the model's dtype.
+        """
+        device = self.device
+        cache.begin_pass(tokens.shape[1])
+        arguments: dict[str, Any] = {}
+        if keep is not None and self._keeps_logits:
+            arguments["logits_to_keep"] = keep.to(device)
+        logits: Tensor = self.model(
+            input_ids=tokens.to(device),
+            attention_mask=self._attention_mask(cache, positions, ancestors),
+            position_ids=positions.to(device),
+            past_key_values=cache.hf_cache,
+            use_cache=True,
+            return_dict=True,
+            **arguments,
+        ).logits
+        if keep is not None and not self._keeps_logits:
+            logits = logits[:, keep.to(logits.device)]
+        return logits
+
+    def _attention_mask(
+        self, cache: TreeCache, positions: Tensor, ancestors: Tensor | None
+    ) -> Tensor | dict[str, Tensor] | None:
+        if ancestors is None:
+            return None
+
+        def mask(window: int | None) -> Tensor:
+            visible = tree_visibility(cache.lengths, ancestors, positions, cache.visible, window)
+            if self.traits.attention == "eager":
+                visible = as_additive(visible, self.model.dtype)
+            return visible.to(self.device)
+
+        if len(self.traits.layer_types) > 1:
+            return {"full_attention": mask(None), "sliding_attention": mask(self.traits.window)}
+        return mask(self.traits.window)
+
+
+def causal_ancestors(batch_size: int, count: int) -> Tensor:
+    """Returns ``[B, N, N]`` bool for a chain: node i sees the nodes up to itself."""
+    chain = torch.ones(count, count, dtype=torch.bool).tril()
+    return chain.expand(batch_size, count, count)
+
+
+def token_matrix(rows: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Returns ``[B, width]`` int64, each row's tokens first and zeros behind them."""
+    matrix = torch.zeros(len(rows), width, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        matrix[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return matrix

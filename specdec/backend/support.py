@@ -1,0 +1,97 @@
+"""Which models can take trees, read off their configuration before anything is run."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from specdec.errors import UnsupportedModelError
+
+_KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_SUPPORTED_ATTENTION = ("sdpa", "eager")
+
+
+class ModelTraits(NamedTuple):
+    """What the backend must know of a model.
+
+    Attributes:
+        attention: "sdpa" (bool masks) or "eager" (additive masks).
+        layer_types: kinds of layers when the model takes one mask for each, else empty.
+        window: width of the sliding window, None without one.
+        max_positions: rows of a learned position table, None for rotary and other open-ended ones.
+        vocab_size: width of the logits' table.
+    """
+
+    attention: str
+    layer_types: frozenset[str]
+    window: int | None
+    max_positions: int | None
+    vocab_size: int
+
+
+def read_traits(model: Any) -> ModelTraits:
+    """Returns the traits of a HuggingFace causal language model.
+
+    Raises:
+        UnsupportedModelError: if the model cannot take trees, with the reason.
+    """
+    config = model.config.get_text_config(decoder=True)
+    family = f"{type(model).__name__} ({config.model_type})"
+
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{family} is an encoder-decoder model; only decoder-only models are supported"
+        )
+    attention = config._attn_implementation
+    if attention not in _SUPPORTED_ATTENTION:
+        raise UnsupportedModelError(
+            f"{family} uses attn_implementation={attention!r}, which takes no tree mask; "
+            f"load it with attn_implementation='sdpa' or 'eager'"
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(
+            f"{family} takes no position_ids (alibi or the like), so siblings of a tree cannot "
+            "share a position"
+        )
+    if getattr(config, "alibi", False):
+        raise UnsupportedModelError(
+            f"{family} uses alibi, whose distances are read off a plain mask and not off a tree"
+        )
+    layer_types = frozenset(getattr(config, "layer_types", None) or ())
+    unknown = layer_types - _KNOWN_LAYER_TYPES
+    if unknown or getattr(model, "_is_stateful", False):
+        what = ", ".join(sorted(unknown)) or "recurrent state"
+        raise UnsupportedModelError(
+            f"{family} has layers of type {what}: their state would leak from one branch of a tree "
+            "into its siblings"
+        )
+    return ModelTraits(
+        attention=attention,
+        layer_types=layer_types,
+        window=_window(config, layer_types),
+        max_positions=_max_positions(model, config),
+        vocab_size=config.vocab_size,
+    )
+
+
+def _window(config: Any, layer_types: frozenset[str]) -> int | None:
+    if layer_types and "sliding_attention" not in layer_types:
+        return None
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def _max_positions(model: Any, config: Any) -> int | None:
+    """Returns how many positions a learned table holds, None if there is no such table."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        learned = leaf in ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+        if learned and isinstance(module, nn.Embedding) and module.num_embeddings >= limit:
+            return limit
+    return None

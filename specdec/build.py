@@ -1,0 +1,115 @@
+"""The one place that maps names to parts. Heavy imports happen inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
+
+from specdec.errors import ConfigError
+from specdec.types import Drafter, TreePolicy, Verifier
+
+
+def _drafter(name: str) -> Callable[[], Any]:
+    def make() -> Any:
+        import specdec.drafters as drafters
+
+        return getattr(drafters, name)()
+
+    return make
+
+
+def _policy(name: str) -> Callable[[], Any]:
+    def make() -> Any:
+        import specdec.trees as trees
+
+        return getattr(trees, name)()
+
+    return make
+
+
+def _verifier(name: str) -> Callable[[], Any]:
+    def make() -> Any:
+        import specdec.verifiers as verifiers
+
+        return getattr(verifiers, name)()
+
+    return make
+
+
+DRAFTERS: dict[str, Callable[[], Any]] = {
+    "prompt_lookup": _drafter("PromptLookup"),
+    "token_recycling": _drafter("TokenRecycling"),
+}
+POLICIES: dict[str, Callable[[], Any]] = {
+    "best_first": _policy("BestFirst"),
+    "chain": _policy("Chain"),
+    "static": _policy("Static"),
+}
+VERIFIERS: dict[str, Callable[[], Any]] = {
+    "coupled": _verifier("Coupled"),
+    "match": _verifier("Match"),
+    "rejection": _verifier("Rejection"),
+}
+
+# what "auto" means; CHANGELOG says when it changes
+AUTO = {"drafter": "token_recycling", "policy": "best_first", "verifier": "coupled"}
+
+
+def build_drafter(spec: str | Drafter | None) -> Drafter | None:
+    """Returns the drafter for a name or an object; None stays None: plain decoding.
+
+    Raises:
+        ConfigError: if no drafter has that name; the message lists those that exist.
+    """
+    part: Drafter | None = _build("drafter", spec, DRAFTERS, Drafter)
+    return part
+
+
+def build_policy(spec: str | TreePolicy) -> TreePolicy:
+    """Returns the policy for a name or an object. Raises ConfigError for an unknown name."""
+    part: TreePolicy = _build("policy", spec, POLICIES, TreePolicy)
+    return part
+
+
+def build_verifier(spec: str | Verifier) -> Verifier:
+    """Returns the verifier for a name or an object. Raises ConfigError for an unknown name."""
+    part: Verifier = _build("verifier", spec, VERIFIERS, Verifier)
+    return part
+
+
+def check_draws(policy: TreePolicy, verifier: Verifier) -> None:
+    """Raises ConfigError if the verifier is not exact for the laws of the policy's nodes."""
+    refused = policy.draws - verifier.accepts
+    if refused:
+        names = ", ".join(draw.name.lower() for draw in sorted(refused))
+        accepted = ", ".join(draw.name.lower() for draw in sorted(verifier.accepts))
+        fitting = [n for n, make in VERIFIERS.items() if policy.draws <= make().accepts]
+        raise ConfigError(
+            f"policy {policy.name!r} makes nodes drawn as {names}, for which verifier "
+            f"{verifier.name!r} (exact for {accepted}) would not be lossless; use "
+            f"verifier={' or '.join(map(repr, fitting))}"
+        )
+
+
+def _build(kind: str, spec: Any, known: dict[str, Callable[[], Any]], protocol: type) -> Any:
+    if spec is None:
+        if kind == "drafter":
+            return None
+        raise ConfigError(f"{kind} must be a name or an object, got None")
+    if not isinstance(spec, str):
+        if isinstance(spec, protocol):
+            return spec
+        raise ConfigError(
+            f"{kind} must be a name or an object with the methods of specdec.types."
+            f"{protocol.__name__}, got {type(spec).__name__}"
+        )
+    name = AUTO[kind] if spec == "auto" else spec
+    if name in known:
+        return known[name]()
+    group = "specdec.policies" if kind == "policy" else f"specdec.{kind}s"
+    plugins = {entry.name: entry for entry in entry_points(group=group)}
+    if name in plugins:
+        return _build(kind, plugins[name].load()(), known, protocol)
+    names = ", ".join(sorted({"auto", *known, *plugins}))
+    raise ConfigError(f"unknown {kind} {spec!r}; known are: {names}")

@@ -1,0 +1,336 @@
+"""`SpeculativeGenerator`: a HuggingFace model that writes through draft trees."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.stopping_criteria import MaxLengthCriteria
+
+from specdec.backend.exchange import import_cache
+from specdec.backend.model import TreeModel
+from specdec.backend.probe import probe
+from specdec.build import build_drafter, build_policy, build_verifier, check_draws
+from specdec.call import Call, past_length, prepare, take_over
+from specdec.errors import BusyError, ConfigError
+from specdec.loop import DecodeLoop, Parts, Step
+from specdec.output import collect
+from specdec.random import draw_seed, row_streams
+from specdec.rows import RowInput, split_rows
+from specdec.stats import DecodeStats
+from specdec.target import TargetModel
+from specdec.types import Drafter, TargetInfo, TreePolicy, Verifier
+
+# until budgets are chosen by measured costs: a pass over more rows is dear on a CPU, cheap on a GPU
+_AUTO_NODE_BUDGET = {"cpu": 16}
+_AUTO_NODE_BUDGET_ELSEWHERE = 32
+_INITIAL_ROOM = 1024  # new tokens a cache has room for before it grows
+
+
+class SpeculativeGenerator:
+    """Generates what `model.generate` generates, several tokens a pass.
+
+    Greedy text is the model's own, token for token up to floating-point ties; sampled text follows
+    the model's law exactly. The model is not changed.
+
+    Args:
+        model: a HuggingFace causal language model with attn_implementation "sdpa" or "eager".
+        tokenizer: needed for `stop_strings` only.
+        drafter: a name ("token_recycling", "prompt_lookup"), an object, "auto" (token_recycling
+            for now) or None for plain decoding through the same loop.
+        policy: a name ("best_first", "chain", "static"), an object, or "auto" (best_first).
+        verifier: a name ("match", "rejection", "coupled"), an object, or "auto" (coupled: with a
+            seed the text depends on model and seed alone).
+        node_budget: draft nodes a tree, the root not counted; "auto" is 16 on a CPU, 32 elsewhere.
+
+    Attributes:
+        stats: `DecodeStats` of the last call, None before the first.
+
+    Raises:
+        UnsupportedModelError: if the model cannot take trees; the message says why.
+        ConfigError: for an unknown name, or a policy whose draw law the verifier does not accept.
+
+    Example:
+        >>> generator = SpeculativeGenerator(model, tokenizer)
+        >>> output = generator.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=64)
+        >>> print(generator.stats.block_efficiency)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        drafter: str | Drafter | None = "auto",
+        policy: str | TreePolicy = "auto",
+        verifier: str | Verifier = "auto",
+        node_budget: int | str = "auto",
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.stats: DecodeStats | None = None
+        self._backend = TreeModel(model)
+        probe(self._backend)
+        self._parts = Parts(
+            drafter=build_drafter(drafter),
+            policy=build_policy(policy),
+            verifier=build_verifier(verifier),
+            node_budget=_node_budget(node_budget, self._backend.device),
+        )
+        check_draws(self._parts.policy, self._parts.verifier)
+        self._attach(self._parts.drafter)
+        self._running = threading.Lock()
+
+    @property
+    def drafter(self) -> Drafter | None:
+        """The drafter in use."""
+        return self._parts.drafter
+
+    def generate(
+        self, inputs: Tensor | None = None, *, seed: int | Sequence[int] | None = None, **kwargs: Any
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Returns what `model.generate(inputs, **kwargs)` returns.
+
+        Args:
+            inputs: ``[B, T]`` int64 prompt ids, left- or right-padded; or give `input_ids`.
+            seed: an int, or one for each row: the text is then a function of the model, the prompt
+                and the seed. None takes one from torch's global generator.
+            **kwargs: as for `model.generate`: generation_config, max_new_tokens, do_sample,
+                temperature, logits_processor, stopping_criteria, streamer, stop_strings,
+                return_dict_in_generate, past_key_values, ... `prompt_lookup_num_tokens` and
+                `assistant_model` work as migration aliases.
+
+        Returns:
+            ``[B, T + new]`` ids with the prompts, or a `GenerateDecoderOnlyOutput`.
+
+        Raises:
+            ConfigError: for arguments that contradict each other or cannot be served.
+            LogitsError: if the model gives NaN, or the processors leave no token.
+            BusyError: if another thread is inside this generator.
+        """
+        streamer = kwargs.pop("streamer", None)
+        session = self._session(inputs, kwargs, seed)
+        return self._exhaust(session, streamer)
+
+    def stream(
+        self, inputs: Tensor | None = None, *, seed: int | Sequence[int] | None = None, **kwargs: Any
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yields ``(row, tokens)`` as soon as tokens are committed; arguments as for `generate`.
+
+        Every token committed so far has been yielded when an error reaches the caller. The
+        generator is busy until the iterator is exhausted or closed.
+        """
+        if kwargs.get("streamer") is not None:
+            raise ConfigError("stream() is itself the stream; a streamer belongs to generate()")
+        session = self._session(inputs, kwargs, seed)
+        return self._tokens(session)
+
+    def trace(
+        self, inputs: Tensor | None = None, *, seed: int | Sequence[int] | None = None, **kwargs: Any
+    ) -> Iterator[Step]:
+        """Yields each row's `Step`: its tree, the accepted path and the tokens it gave."""
+        session = self._session(inputs, kwargs, seed)
+        with self._busy():
+            for steps in self._steps(session):
+                yield from steps
+
+    def custom_generate(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        seed: int | Sequence[int] | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Decodes for the user's own `model.generate(..., custom_generate=gen.custom_generate)`.
+
+        transformers hands neither the streamer nor the tokenizer (hence no stop strings) to such
+        a function; use `generate` for those.
+        """
+        if model is not self.model:
+            raise ConfigError("this generator was made for another model")
+        call = take_over(
+            input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
+        )
+        return self._exhaust(_Session(call, self._parts, seed), None)
+
+    def close(self) -> None:
+        """Leaves the model as it was found. Nothing was changed, so only memory is given back."""
+        if self._parts.drafter is not None:
+            self._parts.drafter.reset()
+
+    def __enter__(self) -> SpeculativeGenerator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _attach(self, drafter: Drafter | None) -> None:
+        if drafter is None:
+            return
+        eos = self.model.generation_config.eos_token_id
+        ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
+        drafter.attach(TargetInfo(self._backend.traits.vocab_size, ids))
+
+    def _session(
+        self, inputs: Tensor | None, kwargs: dict[str, Any], seed: int | Sequence[int] | None
+    ) -> _Session:
+        parts = self._aliased_parts(kwargs)
+        return _Session(prepare(self.model, self.tokenizer, inputs, kwargs), parts, seed)
+
+    def _aliased_parts(self, kwargs: dict[str, Any]) -> Parts:
+        """Returns the parts for one call; takes transformers' own speculation arguments."""
+        if kwargs.pop("assistant_model", None) is not None:
+            raise ConfigError(
+                "assistant_model is not supported yet; give a drafter to SpeculativeGenerator"
+            )
+        tokens = kwargs.pop("prompt_lookup_num_tokens", None)
+        if tokens is None:
+            return self._parts
+        size = kwargs.pop("max_matching_ngram_size", None)
+        from specdec.drafters import PromptLookup
+
+        drafter = PromptLookup(*(() if size is None else (size,)))
+        parts = Parts(
+            drafter, build_policy("chain"), self._parts.verifier, _node_budget(tokens, None)
+        )
+        check_draws(parts.policy, parts.verifier)
+        self._attach(drafter)
+        return parts
+
+    def _busy(self) -> _Busy:
+        return _Busy(self._running)
+
+    def _exhaust(
+        self, session: _Session, streamer: Any
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        with self._busy():
+            if streamer is not None:
+                streamer.put(session.call.input_ids.cpu())
+            for steps in self._steps(session):
+                if streamer is not None:
+                    for step in steps:
+                        streamer.put(torch.tensor(step.tokens))
+            if streamer is not None:
+                streamer.end()
+            return collect(session.call, session.inputs, session.loop, self.model.config)
+
+    def _tokens(self, session: _Session) -> Iterator[tuple[int, list[int]]]:
+        with self._busy():
+            for steps in self._steps(session):
+                for step in steps:
+                    yield step.row, step.tokens
+
+    def _steps(self, session: _Session) -> Iterator[list[Step]]:
+        session.open(self._backend)
+        self.stats = session.stats
+        yield from session.loop.steps()
+
+
+class _Busy:
+    """Holds a generator's lock; refuses a second caller instead of letting it wait."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise BusyError(
+                "this generator is already decoding (another thread, or a stream that was neither "
+                "exhausted nor closed); use one generator for each thread"
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+class _Session:
+    """One call between its preparation and its output."""
+
+    def __init__(self, call: Call, parts: Parts, seed: int | Sequence[int] | None) -> None:
+        self.call = call
+        self.parts = parts
+        self.inputs: list[RowInput] = split_rows(call)
+        self._keys = _row_keys(seed, call, len(self.inputs))
+        self.stats: DecodeStats
+        self.loop: DecodeLoop
+
+    def open(self, backend: TreeModel) -> None:
+        """Allocates the cache and makes the loop."""
+        limit = backend.traits.max_positions
+        longest = max(item.offset + len(item.tokens) for item in self.inputs)
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"a prompt has {longest} tokens, the model has {limit} learned positions"
+            )
+        budget = self.parts.node_budget if self.parts.drafter is not None else 0
+        new_tokens = min(_new_tokens(self.call), _INITIAL_ROOM)
+        cache = backend.new_cache(len(self.inputs), longest + new_tokens + budget + 1)
+        if past_length(self.call):
+            import_cache(cache, self.call.past, [item.past_columns for item in self.inputs])
+        self.stats = DecodeStats(len(self.inputs), _settings(self.parts))
+        self.loop = DecodeLoop(
+            self.call,
+            self.inputs,
+            [row_streams(seed, row) for seed, row in self._keys],
+            self.parts,
+            backend,
+            TargetModel(backend, cache),
+            self.stats,
+        )
+
+
+def _new_tokens(call: Call) -> int:
+    lengths = [c.max_length for c in call.criteria if isinstance(c, MaxLengthCriteria)]
+    return min(lengths, default=_INITIAL_ROOM) - call.input_ids.shape[1]
+
+
+def _row_keys(
+    seed: int | Sequence[int] | None, call: Call, num_rows: int
+) -> list[tuple[int, int]]:
+    """Returns (seed, row number) for each row.
+
+    One seed serves all rows, told apart by their numbers; a row with a seed of its own needs no
+    number, so it writes the same text alone and in any batch.
+    """
+    if seed is None:
+        # greedy decoding leaves torch's generator alone, as `model.generate` does
+        seed = 0 if call.greedy else draw_seed()
+    if isinstance(seed, int):
+        return [(seed, row) for row in range(num_rows)]
+    samples = call.config.num_return_sequences or 1
+    seeds = list(seed)
+    if len(seeds) == num_rows:
+        return [(own, 0) for own in seeds]
+    if len(seeds) * samples == num_rows:
+        return [(seeds[row // samples], row % samples) for row in range(num_rows)]
+    raise ConfigError(f"seed has {len(seeds)} entries, the call has {num_rows} rows")
+
+
+def _settings(parts: Parts) -> dict[str, Any]:
+    if parts.drafter is None:
+        return {"drafter": None, "verifier": parts.verifier.name}
+    return {
+        "drafter": parts.drafter.name,
+        "policy": parts.policy.name,
+        "verifier": parts.verifier.name,
+        "node_budget": parts.node_budget,
+    }
+
+
+def _node_budget(node_budget: int | str, device: torch.device | None) -> int:
+    if node_budget == "auto":
+        kind = device.type if device is not None else "cpu"
+        return _AUTO_NODE_BUDGET.get(kind, _AUTO_NODE_BUDGET_ELSEWHERE)
+    if not isinstance(node_budget, int) or isinstance(node_budget, bool) or node_budget <= 0:
+        raise ConfigError(
+            f"node_budget must be a positive int or 'auto', got {node_budget!r}; "
+            "for plain decoding use drafter=None"
+        )
+    return node_budget

@@ -1,0 +1,289 @@
+"""The decoding loop: one call, all its rows, from the prefill to the last token."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+from specdec.backend.cache import TreeCache
+from specdec.backend.model import TreeModel
+from specdec.call import Call, row_copies
+from specdec.errors import ConfigError
+from specdec.random import RowStreams
+from specdec.rows import RowInput
+from specdec.sampling import Prefix, ProcessedLaw
+from specdec.stats import DecodeStats, RowStats
+from specdec.stopping import RowStopper
+from specdec.target import TargetModel
+from specdec.trees.grow import grow_trees
+from specdec.trees.tree import DraftTree
+from specdec.types import (
+    Budget,
+    DraftContext,
+    Drafter,
+    Root,
+    StepOutcome,
+    TreePolicy,
+    Verdict,
+    Verifier,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The replaceable parts of the loop; `drafter` None is plain decoding."""
+
+    drafter: Drafter | None
+    policy: TreePolicy
+    verifier: Verifier
+    node_budget: int
+
+
+@dataclass(slots=True)
+class Step:
+    """What one step did to one row; for streaming, traces and drawings."""
+
+    row: int
+    tokens: list[int]
+    tree: DraftTree
+    path: list[int]
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row's state. `tokens` starts at position `offset`: ids of an earlier turn may be unknown."""
+
+    index: int
+    offset: int
+    tokens: list[int]
+    num_new: int
+    prefix: Prefix
+    processors: LogitsProcessorList
+    stopper: RowStopper
+    streams: RowStreams
+    stats: RowStats
+    scores: list[Tensor] = field(default_factory=list)
+    raw_logits: list[Tensor] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def root_position(self) -> int:
+        return self.offset + len(self.tokens) - 1
+
+
+class DecodeLoop:
+    """Runs a prepared call.
+
+    `steps` yields what each step committed; afterwards `rows` has every row's tokens. The loop
+    owns nothing that outlives the call but what the drafter learns.
+
+    Args:
+        call: from `specdec.call.prepare`.
+        inputs: the rows of the call.
+        streams: two random sources for each row.
+        parts: drafter, policy, verifier and budget.
+        backend: the probed model.
+        target: with the earlier turn, if any, already in its cache.
+        stats: filled as the call goes on.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        inputs: list[RowInput],
+        streams: list[RowStreams],
+        parts: Parts,
+        backend: TreeModel,
+        target: TargetModel,
+        stats: DecodeStats,
+    ) -> None:
+        self._call = call
+        self._parts = parts
+        self._target = target
+        self._stats = stats
+        self._max_positions = backend.traits.max_positions
+        self._vocab_size = backend.traits.vocab_size
+        device = call.input_ids.device
+        count = len(inputs)
+        self.rows = [
+            _Row(
+                index=index,
+                offset=item.offset - len(item.visible_past),
+                tokens=item.visible_past + item.tokens,
+                num_new=len(item.tokens),
+                prefix=Prefix(item.padding + item.visible_past + item.tokens, device),
+                processors=LogitsProcessorList(row_copies(call.processors, index, count)),
+                stopper=RowStopper(StoppingCriteriaList(row_copies(call.criteria, index, count))),
+                streams=row_streams,
+                stats=stats.rows[index],
+            )
+            for index, (item, row_streams) in enumerate(zip(inputs, streams, strict=True))
+        ]
+        # rows in the order of the cache; the active ones come first
+        self.places = list(self.rows)
+
+    @property
+    def cache(self) -> TreeCache:
+        """The cache; finished rows keep their place in it, behind the active ones."""
+        return self._target.cache
+
+    @property
+    def _active(self) -> list[_Row]:
+        return self.places[: len(self._target.lengths)]
+
+    @torch.no_grad()
+    def steps(self) -> Iterator[list[Step]]:
+        """Yields, for every step, what became of each row that was active in it."""
+        drafter = self._parts.drafter
+        try:
+            yield self._prefill()
+            while self._target.lengths:
+                yield self._step()
+        finally:
+            if drafter is not None:
+                for row in self.rows:
+                    drafter.stop(row.index)
+
+    def _prefill(self) -> list[Step]:
+        drafter = self._parts.drafter
+        rows = list(self._active)
+        with self._stats.timed("prefill"):
+            logits, prompt_rows = self._target.prefill(
+                [row.tokens[-row.num_new :] for row in rows],
+                drafter.needs.prompt_top_k if drafter else 0,
+            )
+            if drafter is not None:
+                for row, guesses in zip(rows, prompt_rows, strict=True):
+                    drafter.start(row.index, tuple(row.tokens), guesses)
+        steps = []
+        for row, row_logits in zip(rows, logits, strict=True):
+            row.stats.num_prompt_tokens = row.offset + len(row.tokens)
+            tree = DraftTree.root_only(row.tokens[-1])
+            steps.append(self._verify(row, tree, row_logits.unsqueeze(0)))
+        self._retire()
+        return steps
+
+    def _step(self) -> list[Step]:
+        active = list(self._active)
+        with self._stats.timed("draft"):
+            trees = self._draft(active)
+        with self._stats.timed("target"):
+            logits = self._target.score(trees)
+            self._stats.target_passes += 1
+        steps = [
+            self._verify(row, tree, row_logits)
+            for row, tree, row_logits in zip(active, trees, logits, strict=True)
+        ]
+        with self._stats.timed("commit"):
+            self._target.commit([step.path for step in steps])
+        for row, step in zip(active, steps, strict=True):
+            row.stats.record(step.tree, step.path, len(step.tokens))
+        if self._parts.drafter is not None:
+            with self._stats.timed("observe"):
+                for step, row_logits in zip(steps, logits, strict=True):
+                    self._parts.drafter.observe(
+                        StepOutcome(step.row, step.tree, step.path, step.tokens, row_logits)
+                    )
+        self._retire()
+        return steps
+
+    def _draft(self, active: list[_Row]) -> list[DraftTree]:
+        parts = self._parts
+        budgets = [self._budget(row) for row in active]
+        trees = [DraftTree.root_only(row.tokens[-1]) for row in active]
+        if parts.drafter is None:
+            return trees
+        growing = [i for i, budget in enumerate(budgets) if min(budget) > 0]
+        plans = []
+        for i in growing:
+            row = active[i]
+            remaining = budgets[i].depth + 1
+            law = parts.drafter.law(DraftContext(row.index, row.tokens, remaining))
+            root = Root(row.tokens[-1], row.root_position)
+            plans.append((law, parts.policy.grow(law, root, budgets[i], row.streams.draft)))
+        for i, tree in zip(growing, grow_trees(plans, parts.drafter.expand), strict=True):
+            if max(tree.token_list) >= self._vocab_size:
+                raise ConfigError(
+                    f"drafter {parts.drafter.name!r} guessed token {max(tree.token_list)}, but the "
+                    f"model's vocabulary has {self._vocab_size}; their tokenizers do not fit"
+                )
+            trees[i] = tree
+        return trees
+
+    def _budget(self, row: _Row) -> Budget:
+        """Returns the row's budget: no deeper than the text may still become."""
+        depth = self._parts.node_budget
+        remaining = row.stopper.remaining(row.prefix.length)
+        if remaining is not None:
+            depth = min(depth, remaining - 1)
+        if self._max_positions is not None:
+            depth = min(depth, self._max_positions - 1 - row.root_position)
+        return Budget(self._parts.node_budget, max(depth, 0))
+
+    def _verify(self, row: _Row, tree: DraftTree, logits: Tensor) -> Step:
+        """Lets the verifier decide, and keeps what the row's criteria let through."""
+        law = ProcessedLaw(
+            tree,
+            logits,
+            row.prefix,
+            row.processors,
+            greedy=self._call.greedy,
+            root_position=row.root_position,
+        )
+        with self._stats.timed("verify"):
+            verdict = self._parts.verifier.verify(tree, law, row.streams.verify)
+            kept = self._keep(row, tree, verdict, law)
+        self._stats.seconds["verify"] -= law.processor_seconds
+        self._stats.seconds["processors"] += law.processor_seconds
+        # a row that stopped inside the path has its last token as the root, not in the cache
+        return Step(row.index, kept, tree, verdict.path[: len(kept) - 1])
+
+    def _keep(self, row: _Row, tree: DraftTree, verdict: Verdict, law: ProcessedLaw) -> list[int]:
+        emitted = [tree.token_list[node] for node in verdict.path] + [verdict.next_token]
+        nodes = [0, *verdict.path]
+        config = self._call.config
+        wants_scores = config.return_dict_in_generate and config.output_scores
+
+        def scores_so_far(count: int) -> tuple[Tensor, ...] | None:
+            if not wants_scores:
+                return None
+            return tuple(s.unsqueeze(0) for s in [*row.scores, *map(law.scores, nodes[:count])])
+
+        kept, row.done = row.stopper.keep(row.prefix, emitted, scores_so_far)
+        if wants_scores:
+            row.scores += [law.scores(node) for node in nodes[: len(kept)]]
+        if config.return_dict_in_generate and config.output_logits:
+            row.raw_logits += [law.raw(node) for node in nodes[: len(kept)]]
+        row.tokens += kept
+        row.generated += kept
+        row.stats.num_generated += len(kept)
+        if row.done:
+            row.stats.finish_reason = row.stopper.reason(kept[-1], row.prefix.length)
+        elif self._max_positions is not None and row.root_position >= self._max_positions:
+            row.done = True
+            row.stats.finish_reason = "positions"
+            logger.warning(
+                "row %d stopped after %d new tokens: the model's table of %d learned positions "
+                "is used up",
+                row.index,
+                len(row.generated),
+                self._max_positions,
+            )
+        return kept
+
+    def _retire(self) -> None:
+        """Takes finished rows out of the batch."""
+        for place in reversed(range(len(self._active))):
+            if self.places[place].done:
+                last = len(self._active) - 1
+                self._target.cache.retire(place)
+                self.places[place], self.places[last] = self.places[last], self.places[place]

@@ -1,0 +1,143 @@
+"""The target's law at the nodes of a tree: the user's logits processors on each node's own prefix."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from specdec.errors import LogitsError
+
+if TYPE_CHECKING:
+    from specdec.trees.tree import DraftTree
+
+
+class Prefix:
+    """One row's ids as HuggingFace's processors and criteria see them, left padding included.
+
+    A buffer that is written in place: the ids along the path being verified stand behind the
+    committed ones, so that asking for a node's prefix copies nothing.
+
+    Args:
+        ids: the row's padding ids, if any, and behind them its real tokens so far.
+        device: where processors run.
+    """
+
+    def __init__(self, ids: list[int], device: torch.device) -> None:
+        self._buffer = torch.empty((1, len(ids) + 64), dtype=torch.int64, device=device)
+        self.length = 0
+        self.extend(ids)
+
+    def extend(self, tokens: list[int]) -> None:
+        """Commits tokens."""
+        self._write(tokens)
+        self.length += len(tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where processors and criteria run: with the caller's input ids, as in `generate`."""
+        return self._buffer.device
+
+    def ids(self) -> Tensor:
+        """Returns ``[1, length]`` int64, the committed ids; a view."""
+        return self._buffer[:, : self.length]
+
+    def followed_by(self, tokens: list[int]) -> Tensor:
+        """Returns ``[1, length + len(tokens)]``, the ids with a draft path behind them; a view."""
+        self._write(tokens)
+        return self._buffer[:, : self.length + len(tokens)]
+
+    def _write(self, tokens: list[int]) -> None:
+        end = self.length + len(tokens)
+        if end > self._buffer.shape[1]:
+            grown = torch.empty((1, 2 * end), dtype=torch.int64, device=self._buffer.device)
+            grown[:, : self.length] = self.ids()
+            self._buffer = grown
+        if tokens:
+            self._buffer[0, self.length : end] = torch.tensor(tokens, device=self._buffer.device)
+
+
+class ProcessedLaw:
+    """A `TargetLaw` over one scored tree.
+
+    Args:
+        tree: the tree.
+        logits: ``[N, V]`` raw logits of its nodes, any floating dtype.
+        prefix: the row's ids up to and including the root.
+        processors: the user's, in order, as `generate` prepared them.
+        greedy: whether the law is the point mass at the argmax.
+        root_position: absolute position of the root, padding left out.
+    """
+
+    def __init__(
+        self,
+        tree: DraftTree,
+        logits: Tensor,
+        prefix: Prefix,
+        processors: LogitsProcessorList,
+        *,
+        greedy: bool,
+        root_position: int,
+    ) -> None:
+        self.greedy = greedy
+        self._tree = tree
+        self._logits = logits
+        self._prefix = prefix
+        self._processors = processors
+        self._root_position = root_position
+        self._scores: dict[int, Tensor] = {}
+        self.processor_seconds = 0.0
+
+    def position(self, node: int) -> int:
+        """Returns the absolute position of the token emitted after `node`."""
+        return self._root_position + self._tree.depth_list[node] + 1
+
+    def scores(self, node: int) -> Tensor:
+        """Returns ``[V]`` float32 processed logits; computed once a node.
+
+        Raises:
+            LogitsError: if no token is left to choose.
+        """
+        if node not in self._scores:
+            # a copy: processors may write in place, and the raw logits are still wanted
+            scores = self.raw(node).unsqueeze(0)
+            if self._processors:
+                ids = self._prefix.followed_by(self._tree.path_tokens(node))
+                begin = time.perf_counter()
+                scores = self._processors(ids, scores)
+                self.processor_seconds += time.perf_counter() - begin
+            self._scores[node] = self._checked(scores.squeeze(0), node)
+        return self._scores[node]
+
+    def row(self, node: int) -> Tensor:
+        """Returns ``[V]`` float32 probabilities."""
+        if self.greedy:
+            point = torch.zeros_like(self.scores(node))
+            point[self.argmax(node)] = 1.0
+            return point
+        return torch.softmax(self.scores(node), dim=-1)
+
+    def argmax(self, node: int) -> int:
+        """Returns the most probable token, the lowest id among equals."""
+        if not self._processors and node not in self._scores:
+            # sync: one number leaves the device for each node on the accepted path
+            return int(torch.argmax(self._checked(self._logits[node], node)))
+        return int(torch.argmax(self.scores(node)))
+
+    def raw(self, node: int) -> Tensor:
+        """Returns ``[V]`` float32 raw logits, as `output_logits` reports them."""
+        return self._logits[node].to(self._prefix.device, torch.float32, copy=True)
+
+    def _checked(self, scores: Tensor, node: int) -> Tensor:
+        largest = float(scores.max())  # NaN anywhere gives NaN
+        if largest != largest or largest == -float("inf"):
+            what = "NaN" if largest != largest else "minus infinity for every token"
+            raise LogitsError(
+                f"the logits at position {self.position(node)} are {what}"
+                + (" after the logits processors" if self._processors else "")
+                + "; there is no token to choose"
+            )
+        return scores

@@ -1,0 +1,76 @@
+"""Stopping criteria, asked once for every committed token of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+from specdec.sampling import Prefix
+
+
+class RowStopper:
+    """Decides after which token a row ends.
+
+    The two criteria that every call has, length and end-of-sequence ids, are read off once and
+    compared as integers; all others are called as `generate` calls them, on one row.
+
+    Args:
+        criteria: as `generate` prepared them.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        self._others = StoppingCriteriaList()
+        self.max_length: int | None = None
+        self.eos_token_ids: frozenset[int] = frozenset()
+        for criterion in criteria:
+            if type(criterion) is MaxLengthCriteria:
+                shorter = min(self.max_length or criterion.max_length, criterion.max_length)
+                self.max_length = shorter
+            elif type(criterion) is EosTokenCriteria:
+                self.eos_token_ids |= set(criterion.eos_token_id.flatten().tolist())
+            else:
+                self._others.append(criterion)
+
+    def remaining(self, length: int) -> int | None:
+        """Returns how many tokens fit behind `length` ids (padding included), None if unbounded."""
+        return None if self.max_length is None else self.max_length - length
+
+    def reason(self, last_token: int, length: int) -> str:
+        """Returns why a row ended: "eos", "length", or "criterion" for any other."""
+        if last_token in self.eos_token_ids:
+            return "eos"
+        return "length" if length == self.max_length else "criterion"
+
+    def keep(
+        self,
+        prefix: Prefix,
+        tokens: list[int],
+        scores: Callable[[int], tuple[Tensor, ...] | None],
+    ) -> tuple[list[int], bool]:
+        """Commits tokens to `prefix` one by one until a criterion says stop.
+
+        Args:
+            prefix: the row's ids; the kept tokens are added to it.
+            tokens: what the verifier emitted in this step.
+            scores: called with the number of tokens kept so far in this step, gives what the
+                criteria receive as their second argument.
+
+        Returns:
+            The tokens kept, and whether the row has ended.
+        """
+        for count, token in enumerate(tokens, start=1):
+            prefix.extend([token])
+            stop = token in self.eos_token_ids or prefix.length == self.max_length
+            if self._others:
+                done: Tensor = self._others(prefix.ids(), scores(count))
+                stop = stop or bool(torch.as_tensor(done).any())
+            if stop:
+                return tokens[:count], True
+        return tokens, False

@@ -1,0 +1,108 @@
+"""The user's model during one call: prefill, score a batch of trees, commit the accepted paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specdec.backend.cache import TreeCache
+from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
+from specdec.kernels.top_k_rows import top_k_rows
+from specdec.kernels.tree_mask import ancestor_matrix
+from specdec.trees.tree import DraftTree
+from specdec.types import PromptRows
+
+_CHUNK_TOKENS = 512  # bounds the [chunk, V] logits when a drafter wants every prompt position
+
+
+class TargetModel:
+    """Scores trees for the rows of one call; rows advance by different amounts.
+
+    The first token of a row comes from the prefill. From then on a row's cache holds its sequence
+    without the last token, which is the root of the next tree.
+
+    Args:
+        backend: the probed model.
+        cache: empty, or holding an earlier turn of the conversation.
+    """
+
+    def __init__(self, backend: TreeModel, cache: TreeCache) -> None:
+        self._backend = backend
+        self.cache = cache
+
+    @property
+    def lengths(self) -> list[int]:
+        """Committed tokens of each active row."""
+        return self.cache.lengths
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], prompt_top_k: int = 0
+    ) -> tuple[list[Tensor], list[PromptRows | None]]:
+        """Runs the prompts and commits them.
+
+        Args:
+            prompts: each row's tokens that are not in the cache yet, at least one, no padding.
+            prompt_top_k: guesses wanted at every prompt position; 0 for none.
+
+        Returns:
+            Each row's ``[V]`` logits after its last prompt token, and its prompt rows (or None).
+        """
+        starts = list(self.cache.lengths)
+        width = max(map(len, prompts))
+        last: list[Tensor] = [torch.empty(0)] * len(prompts)
+        guesses: list[list[tuple[Tensor, Tensor]]] = [[] for _ in prompts]
+        # rows of equal length need no mask of ours; padding behind a row's end is never looked at
+        fresh = max(starts) == 0
+        chunk = width if fresh and prompt_top_k == 0 else _CHUNK_TOKENS
+        for begin in range(0, width, chunk):
+            end = min(begin + chunk, width)
+            pieces = [prompt[begin:end] for prompt in prompts]
+            size = end - begin
+            positions = torch.tensor(self.cache.lengths).unsqueeze(1) + torch.arange(size)
+            plain = fresh and begin == 0
+            ancestors = None if plain else causal_ancestors(len(prompts), size)
+            ends = [len(prompt) - 1 - begin for prompt in prompts]
+            wanted = sorted({e for e in ends if 0 <= e < size} or {0})
+            keep = None if prompt_top_k else torch.tensor(wanted)
+            logits = self._backend.forward(
+                self.cache, token_matrix(pieces, size), positions, ancestors, keep
+            )
+            for row, piece in enumerate(pieces):
+                if 0 <= ends[row] < size:
+                    index = ends[row] if prompt_top_k else wanted.index(ends[row])
+                    last[row] = logits[row, index]
+                if prompt_top_k and piece:
+                    values, ids = top_k_rows(logits[row, : len(piece)], prompt_top_k)
+                    guesses[row].append((ids.cpu(), values.float().cpu()))
+            for row, prompt in enumerate(prompts):
+                self.cache.lengths[row] = starts[row] + min(end, len(prompt))
+            fresh = fresh and min(map(len, prompts)) >= end
+        rows = [
+            PromptRows(torch.cat([g[0] for g in row]), torch.cat([g[1] for g in row]))
+            if row
+            else None
+            for row in guesses
+        ]
+        return last, rows
+
+    def score(self, trees: Sequence[DraftTree]) -> Tensor:
+        """Returns ``[B, N, V]`` logits of one tree for each active row, in one pass.
+
+        Trees smaller than the largest are padded; rows past a tree's end mean nothing.
+        """
+        width = max(map(len, trees))
+        tokens = token_matrix([tree.token_list for tree in trees], width)
+        depths = token_matrix([tree.depth_list for tree in trees], width)
+        positions = torch.tensor(self.cache.lengths).unsqueeze(1) + depths
+        # one new token behind prefixes of equal length is plain decoding, and goes its way
+        plain = width == 1 and min(self.cache.lengths) == max(self.cache.lengths)
+        ancestors = None
+        if not plain:
+            ancestors = torch.stack([ancestor_matrix(tree.parent_list, width) for tree in trees])
+        return self._backend.forward(self.cache, tokens, positions, ancestors)
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keeps each row's root and accepted nodes; everything else of the last pass is gone."""
+        self.cache.commit(paths)
