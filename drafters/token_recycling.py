@@ -159,7 +159,8 @@ class _Calibration:
         chance = np.minimum.accumulate(table[self._ranks, buckets], axis=1)
         # together the guesses cannot be more than certain
         excess = np.log(np.maximum(np.exp(chance).sum(axis=1, keepdims=True), 1.0))
-        return chance - excess
+        calibrated: np.ndarray = chance - excess
+        return calibrated
 
     def record(self, log_shares: np.ndarray, ids: np.ndarray, emitted: np.ndarray) -> None:
         """Counts rows whose true next token has become known."""

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from specdec.errors import ConfigError
@@ -36,7 +35,7 @@ class Call:
 
     Attributes:
         input_ids: ``[B, T]`` int64, already expanded by `num_return_sequences`.
-        attention_mask: ``[B, T]`` or ``[B, P + T]`` (P cached columns), None when nothing is padded.
+        attention_mask: ``[B, T]`` or ``[B, P + T]`` (P cached columns); None: nothing padded.
         mask_length: columns that the mask has, or had before it was dropped as all ones.
         processors: logits processors in order.
         criteria: stopping criteria.
@@ -123,7 +122,7 @@ def prepare(model: Any, tokenizer: Any, inputs: Tensor | None, arguments: dict[s
     criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or ())
 
     def capture(
-        model: Any,
+        _model: Any,
         input_ids: Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -212,7 +211,7 @@ def _for_row(allowed: Any, row: int) -> Any:
 
 
 def real_columns(call: Call, row: int, cached: int) -> list[bool]:
-    """Returns for each column of the row's ids, cached ones in front, whether it is a real token."""
+    """Returns for each column, cached ones in front, whether it holds a real token of the row."""
     width = max(call.mask_length, call.input_ids.shape[1], cached)
     if call.attention_mask is None:
         return [True] * width
@@ -223,5 +222,3 @@ def real_columns(call: Call, row: int, cached: int) -> list[bool]:
 def past_length(call: Call) -> int:
     """Returns the number of columns in the cache that was handed in."""
     return 0 if call.past is None else int(call.past.get_seq_length())
-
-

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.backend.exchange import import_cache
 from specdec.backend.model import TreeModel
@@ -56,7 +56,8 @@ class SpeculativeGenerator:
 
     Example:
         >>> generator = SpeculativeGenerator(model, tokenizer)
-        >>> output = generator.generate(**tokenizer("Hello", return_tensors="pt"), max_new_tokens=64)
+        >>> inputs = tokenizer("Once upon a time", return_tensors="pt")
+        >>> output = generator.generate(**inputs, max_new_tokens=64)
         >>> print(generator.stats.block_efficiency)
     """
 
@@ -91,7 +92,11 @@ class SpeculativeGenerator:
         return self._parts.drafter
 
     def generate(
-        self, inputs: Tensor | None = None, *, seed: int | Sequence[int] | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Returns what `model.generate(inputs, **kwargs)` returns.
 
@@ -117,7 +122,11 @@ class SpeculativeGenerator:
         return self._exhaust(session, streamer)
 
     def stream(
-        self, inputs: Tensor | None = None, *, seed: int | Sequence[int] | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> Iterator[tuple[int, list[int]]]:
         """Yields ``(row, tokens)`` as soon as tokens are committed; arguments as for `generate`.
 
@@ -130,7 +139,11 @@ class SpeculativeGenerator:
         return self._tokens(session)
 
     def trace(
-        self, inputs: Tensor | None = None, *, seed: int | Sequence[int] | None = None, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> Iterator[Step]:
         """Yields each row's `Step`: its tree, the accepted path and the tokens it gave."""
         session = self._session(inputs, kwargs, seed)
@@ -207,9 +220,7 @@ class SpeculativeGenerator:
     def _busy(self) -> _Busy:
         return _Busy(self._running)
 
-    def _exhaust(
-        self, session: _Session, streamer: Any
-    ) -> Tensor | GenerateDecoderOnlyOutput:
+    def _exhaust(self, session: _Session, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
         with self._busy():
             if streamer is not None:
                 streamer.put(session.call.input_ids.cpu())
@@ -291,9 +302,7 @@ def _new_tokens(call: Call) -> int:
     return min(lengths, default=_INITIAL_ROOM) - call.input_ids.shape[1]
 
 
-def _row_keys(
-    seed: int | Sequence[int] | None, call: Call, num_rows: int
-) -> list[tuple[int, int]]:
+def _row_keys(seed: int | Sequence[int] | None, call: Call, num_rows: int) -> list[tuple[int, int]]:
     """Returns (seed, row number) for each row.
 
     One seed serves all rows, told apart by their numbers; a row with a seed of its own needs no

@@ -59,7 +59,7 @@ class Step:
 
 @dataclass(slots=True)
 class _Row:
-    """A row's state. `tokens` starts at position `offset`: ids of an earlier turn may be unknown."""
+    """A row's state. `tokens` starts at `offset`: an earlier turn's ids may be unknown."""
 
     index: int
     offset: int

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.backend.exchange import export_cache
 from specdec.call import Call
@@ -32,12 +32,12 @@ def collect(
     past = _fill_cache(call, inputs, loop, config) if call.fill_past else None
     if not call.config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=_stack([row.scores for row in loop.rows]) if call.config.output_scores else None,
-        logits=_stack([row.raw_logits for row in loop.rows]) if call.config.output_logits else None,
-        past_key_values=past,
-    )
+    fields: dict[str, Any] = {"sequences": sequences, "past_key_values": past}
+    if call.config.output_scores:
+        fields["scores"] = _stack([row.scores for row in loop.rows])
+    if call.config.output_logits:
+        fields["logits"] = _stack([row.raw_logits for row in loop.rows])
+    return GenerateDecoderOnlyOutput(**fields)
 
 
 def _stack(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:

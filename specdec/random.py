@@ -53,9 +53,11 @@ class SeededRandom:
         self._generator = np.random.Generator(np.random.Philox(key=key))
 
     def bernoulli(self, probability: float) -> bool:
+        """Returns True with the given probability."""
         return float(self._generator.random()) < probability
 
     def categorical(self, weights: Tensor) -> int:
+        """Returns an index drawn in proportion to the weights, by inverse CDF in float64."""
         cumulative = torch.cumsum(weights, dim=-1, dtype=torch.float64)
         total = float(cumulative[-1])
         if not 0.0 < total < float("inf"):
@@ -70,9 +72,11 @@ class SeededRandom:
         return int(torch.nonzero(weights)[-1])  # the product rounded up to the total
 
     def top_k_without_replacement(self, log_weights: Tensor, count: int) -> list[int]:
+        """Returns distinct indices in order of drawing."""
         return draw_without_replacement(self, log_weights, count)
 
     def gumbel_argmax(self, scores: Tensor, position: int) -> int:
+        """Returns argmax(scores + g); g is evaluated on the support of `scores` only."""
         support = torch.nonzero(scores > -torch.inf).squeeze(-1)
         if len(support) == len(scores):
             noise = keyed_gumbel_dense(self._seed, self._row, position, len(scores), scores.device)
@@ -81,6 +85,7 @@ class SeededRandom:
         return int(support[torch.argmax(scores[support].double() + noise)])
 
     def keyed_noise(self, position: int, token_ids: Tensor) -> Tensor:
+        """Returns the noise of `gumbel_argmax` for the ids."""
         return keyed_gumbel(self._seed, self._row, position, token_ids)
 
 

@@ -39,7 +39,9 @@ def split_rows(call: Call) -> list[RowInput]:
     width = call.input_ids.shape[1]
     # as in transformers: the ids are the whole sequence, or, when the mask is wider, its new part
     first = cached if cached and call.mask_length > width else 0
-    return [_split(call, row, ids, cached, first) for row, ids in enumerate(call.input_ids.tolist())]
+    return [
+        _split(call, row, ids, cached, first) for row, ids in enumerate(call.input_ids.tolist())
+    ]
 
 
 def _split(call: Call, row: int, ids: list[int], cached: int, first: int) -> RowInput:

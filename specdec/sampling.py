@@ -1,4 +1,4 @@
-"""The target's law at the nodes of a tree: the user's logits processors on each node's own prefix."""
+"""The target's law at a tree's nodes: the user's processors on each node's own prefix."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class ProcessedLaw:
             if self._processors:
                 ids = self._prefix.followed_by(self._tree.path_tokens(node))
                 begin = time.perf_counter()
-                scores = self._processors(ids, scores)
+                scores = self._processors(ids, scores)  # type: ignore[arg-type]
                 self.processor_seconds += time.perf_counter() - begin
             self._scores[node] = self._checked(scores.squeeze(0), node)
         return self._scores[node]

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-
 if TYPE_CHECKING:
     from specdec.trees.tree import DraftTree
 
@@ -261,7 +260,9 @@ class DecodeStats:
         if shares["prefill"] > 0.5:
             return "Most of the time is the prefill, which no drafter can shorten."
         if self.overhead_fraction > 0.1:
-            return "Drafting and bookkeeping are dear here: a cheaper drafter or smaller tree helps."
+            return (
+                "Drafting and bookkeeping are dear here: a cheaper drafter or a smaller tree helps."
+            )
         if total.block_efficiency < 1.2 and per_step > 4:
             return (
                 f"Few of the {per_step:.0f} nodes a step are accepted: a smaller node_budget makes "

@@ -47,7 +47,7 @@ class LawRows(NamedTuple):
 
 
 class ProbRow(NamedTuple):
-    """One law as probabilities: ``[V]``, or ``[k]`` beside the ids ``[k]`` it names (padding -1)."""
+    """One law as probabilities: ``[V]``, or ``[k]`` beside the ids it names (padding -1)."""
 
     probs: Tensor
     ids: Tensor | None = None
@@ -249,16 +249,14 @@ class TreePolicy(Protocol):
     name: str
     draws: frozenset[Draw]
 
-    def grow(
-        self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource
-    ) -> GrowPlan:
+    def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree: yields the handles it wants rows for, receives them, returns the tree."""
         ...
 
 
 @runtime_checkable
 class Verifier(Protocol):
-    """Accepts a path and emits one more token, so that the text follows the target's law exactly."""
+    """Accepts a path and emits one more token; the text follows the target's law exactly."""
 
     name: str
     accepts: frozenset[Draw]

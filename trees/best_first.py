@@ -34,6 +34,7 @@ class BestFirst:
         self._max_depth = max_depth
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
+        """Grows one tree; see `specdec.types.TreePolicy.grow`."""
         tokens, parents, handles = [root.token], [-1], [0]
         values = torch.zeros(1)  # log path probability of each candidate, in order of creation
         frontier = [0]

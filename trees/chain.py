@@ -24,6 +24,7 @@ class Chain:
         self._max_depth = max_depth
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
+        """Grows one tree; see `specdec.types.TreePolicy.grow`."""
         builder = TreeBuilder(root.token)
         length = min(budget.nodes, budget.depth, self._max_depth or budget.nodes)
         node = 0

@@ -65,6 +65,7 @@ class Static:
         self._paths = sorted(set(paths), key=_promise)
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
+        """Grows one tree; see `specdec.types.TreePolicy.grow`."""
         width: dict[tuple[int, ...], int] = {}
         for path in self._paths[: budget.nodes]:
             width[path[:-1]] = width.get(path[:-1], 0) + 1

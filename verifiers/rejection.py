@@ -25,7 +25,8 @@ class Rejection:
 
     def verify(self, tree: DraftTree, target: TargetLaw, random: RandomSource) -> Verdict:
         """Returns the accepted path and the token after it; O(V) for each tested child."""
-        node, path = 0, []
+        node = 0
+        path: list[int] = []
         while True:
             child, residual = _test_children(tree, node, target.row(node), random)
             if child is None:

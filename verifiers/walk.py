@@ -15,7 +15,8 @@ def follow(tree: DraftTree, choose: Callable[[int], int]) -> Verdict:
         tree: the scored tree.
         choose: the target's choice at a node; called once for each node on the path.
     """
-    node, path = 0, []
+    node = 0
+    path: list[int] = []
     while True:
         token = choose(node)
         child = next((c for c in tree.children[node] if tree.token_list[c] == token), None)

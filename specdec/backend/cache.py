@@ -164,9 +164,11 @@ class _TreeLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, cache: TreeCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._cache = cache
         self.is_initialized = True
 

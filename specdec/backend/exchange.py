@@ -32,9 +32,7 @@ def import_cache(cache: TreeCache, past: Any, columns: Sequence[Sequence[int]]) 
         )
     past_rows = layers[0].keys.shape[0]
     if cache.batch_size % past_rows:
-        raise ConfigError(
-            f"past_key_values has {past_rows} rows, the call has {cache.batch_size}"
-        )
+        raise ConfigError(f"past_key_values has {past_rows} rows, the call has {cache.batch_size}")
     factor = cache.batch_size // past_rows
     for source, target in zip(layers, cache.layers, strict=True):
         if source.keys.shape[1::2] != target.keys.shape[1::2]:

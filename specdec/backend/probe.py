@@ -33,9 +33,7 @@ def probe(backend: TreeModel) -> None:
         UnsupportedModelError: if the cache has no plain keys and values, or the logits differ.
     """
     vocab_size = backend.traits.vocab_size
-    a, b, c, root, left, right, below, after = (
-        (7919 * i + 11) % vocab_size for i in range(1, 9)
-    )
+    a, b, c, root, left, right, below, after = ((7919 * i + 11) % vocab_size for i in range(1, 9))
     # the tree: root -> (left, right), right -> below; then `after` follows the path right, below
     paths = torch.tensor([[a, b, c, root, left, left, left], [a, b, c, root, right, below, after]])
     output = backend.model(input_ids=paths.to(backend.device), use_cache=True, return_dict=True)
@@ -45,10 +43,14 @@ def probe(backend: TreeModel) -> None:
         [left_path[3], left_path[4], right_path[4], right_path[5], right_path[6]]
     )
 
-    error = _relative_error(_tree_logits(backend, [a, b, c], [root, left, right, below], after), expected)
+    error = _relative_error(
+        _tree_logits(backend, [a, b, c], [root, left, right, below], after), expected
+    )
     tolerance = _TOLERANCE.get(expected.dtype, 1e-1)
     if not error <= tolerance:
-        hint = " (the model is in training mode: call model.eval())" if backend.model.training else ""
+        hint = (
+            " (the model is in training mode: call model.eval())" if backend.model.training else ""
+        )
         raise UnsupportedModelError(
             f"{type(backend.model).__name__} does not compute a tree as it computes its paths: "
             f"relative error {error:.1e}, allowed {tolerance:.0e} in {expected.dtype}{hint}. "
