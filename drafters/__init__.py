@@ -1,6 +1,7 @@
 """Drafters: cheap guesses about what the target will write."""
 
 from specdec.drafters.prompt_lookup import PromptLookup
+from specdec.drafters.small_model import SmallModel
 from specdec.drafters.token_recycling import TokenRecycling
 
-__all__ = ["PromptLookup", "TokenRecycling"]
+__all__ = ["PromptLookup", "SmallModel", "TokenRecycling"]

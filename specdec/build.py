@@ -19,6 +19,13 @@ def _drafter(name: str) -> Callable[[], Any]:
     return make
 
 
+def _small_model() -> Any:
+    raise ConfigError(
+        "the small_model drafter needs a model: pass the object "
+        "specdec.drafters.SmallModel(draft_model) instead of the name"
+    )
+
+
 def _policy(name: str) -> Callable[[], Any]:
     def make() -> Any:
         import specdec.trees as trees
@@ -39,6 +46,7 @@ def _verifier(name: str) -> Callable[[], Any]:
 
 DRAFTERS: dict[str, Callable[[], Any]] = {
     "prompt_lookup": _drafter("PromptLookup"),
+    "small_model": _small_model,
     "token_recycling": _drafter("TokenRecycling"),
 }
 POLICIES: dict[str, Callable[[], Any]] = {

@@ -28,6 +28,7 @@ from specdec.types import Drafter, TargetInfo, TreePolicy, Verifier
 # until budgets are chosen by measured costs: a pass over more rows is dear on a CPU, cheap on a GPU
 _AUTO_NODE_BUDGET = {"cpu": 16}
 _AUTO_NODE_BUDGET_ELSEWHERE = 32
+_ASSISTANT_TOKENS = 5  # a chain for assistant_model without num_assistant_tokens
 _INITIAL_ROOM = 1024  # new tokens a cache has room for before it grows
 
 
@@ -40,8 +41,9 @@ class SpeculativeGenerator:
     Args:
         model: a HuggingFace causal language model with attn_implementation "sdpa" or "eager".
         tokenizer: needed for `stop_strings` only.
-        drafter: a name ("token_recycling", "prompt_lookup"), an object, "auto" (token_recycling
-            for now) or None for plain decoding through the same loop.
+        drafter: a name ("token_recycling", "prompt_lookup"), an object such as
+            ``specdec.drafters.SmallModel(draft_model)``, "auto" (token_recycling for now), or None
+            for plain decoding through the same loop.
         policy: a name ("best_first", "chain", "static"), an object, or "auto" (best_first).
         verifier: a name ("match", "rejection", "coupled"), an object, or "auto" (coupled: with a
             seed the text depends on model and seed alone).
@@ -199,17 +201,21 @@ class SpeculativeGenerator:
 
     def _aliased_parts(self, kwargs: dict[str, Any]) -> Parts:
         """Returns the parts for one call; takes transformers' own speculation arguments."""
-        if kwargs.pop("assistant_model", None) is not None:
-            raise ConfigError(
-                "assistant_model is not supported yet; give a drafter to SpeculativeGenerator"
-            )
-        tokens = kwargs.pop("prompt_lookup_num_tokens", None)
-        if tokens is None:
-            return self._parts
-        size = kwargs.pop("max_matching_ngram_size", None)
-        from specdec.drafters import PromptLookup
+        from specdec.drafters import PromptLookup, SmallModel
 
-        drafter = PromptLookup(*(() if size is None else (size,)))
+        assistant = kwargs.pop("assistant_model", None)
+        tokens = kwargs.pop("prompt_lookup_num_tokens", None)
+        size = kwargs.pop("max_matching_ngram_size", None)
+        length = kwargs.pop("num_assistant_tokens", None)
+        if assistant is None and tokens is None:
+            return self._parts
+        if assistant is not None and tokens is not None:
+            raise ConfigError("give assistant_model or prompt_lookup_num_tokens, not both")
+        drafter: Drafter
+        if assistant is not None:
+            drafter, tokens = SmallModel(assistant), length or _ASSISTANT_TOKENS
+        else:
+            drafter = PromptLookup() if size is None else PromptLookup(size)
         parts = Parts(
             drafter, build_policy("chain"), self._parts.verifier, _node_budget(tokens, None)
         )

@@ -150,7 +150,7 @@ class DecodeLoop:
                 yield self._step()
         finally:
             if drafter is not None:
-                for row in self.rows:
+                for row in self._active:
                     drafter.stop(row.index)
 
     def _prefill(self) -> list[Step]:
@@ -286,4 +286,6 @@ class DecodeLoop:
             if self.places[place].done:
                 last = len(self._active) - 1
                 self._target.cache.retire(place)
+                if self._parts.drafter is not None:
+                    self._parts.drafter.stop(self.places[place].index)
                 self.places[place], self.places[last] = self.places[last], self.places[place]

@@ -49,12 +49,11 @@ class TargetModel:
         Returns:
             Each row's ``[V]`` logits after its last prompt token, and its prompt rows (or None).
         """
-        starts = list(self.cache.lengths)
         width = max(map(len, prompts))
         last: list[Tensor] = [torch.empty(0)] * len(prompts)
         guesses: list[list[tuple[Tensor, Tensor]]] = [[] for _ in prompts]
         # rows of equal length need no mask of ours; padding behind a row's end is never looked at
-        fresh = max(starts) == 0
+        fresh = max(self.cache.lengths) == 0
         chunk = width if fresh and prompt_top_k == 0 else _CHUNK_TOKENS
         for begin in range(0, width, chunk):
             end = min(begin + chunk, width)
@@ -76,8 +75,7 @@ class TargetModel:
                 if prompt_top_k and piece:
                     values, ids = top_k_rows(logits[row, : len(piece)], prompt_top_k)
                     guesses[row].append((ids.cpu(), values.float().cpu()))
-            for row, prompt in enumerate(prompts):
-                self.cache.lengths[row] = starts[row] + min(end, len(prompt))
+            self.cache.advance([len(piece) for piece in pieces])
             fresh = fresh and min(map(len, prompts)) >= end
         rows = [
             PromptRows(torch.cat([g[0] for g in row]), torch.cat([g[1] for g in row]))
@@ -105,4 +103,4 @@ class TargetModel:
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps each row's root and accepted nodes; everything else of the last pass is gone."""
-        self.cache.commit(paths)
+        self.cache.commit([[0, *path] for path in paths])

@@ -1,9 +1,9 @@
 """A preallocated key-value cache in which every row has its own length.
 
 Row b holds its tokens at slots ``0 .. length[b]``, whatever padding the prompt had. A pass writes
-its N new tokens at slots ``length[b] .. length[b] + N``; nothing is committed until `commit` says
-which of them stay, so rolling back costs nothing. HuggingFace's own layers concatenate the whole
-cache at every step instead.
+its N new tokens behind them; nothing is committed until `commit` says which of them stay, so
+rolling back costs nothing. Further passes may add to the same tree first: `pending` counts its
+nodes so far. HuggingFace's own layers concatenate the whole cache at every step instead.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class TreeCache:
         self._pools = self._allocate(batch_size, capacity)
         self.layers = [_TreeLayer(self) for _ in self.specs]
         self.hf_cache = Cache(layers=list(self.layers))
+        self.pending = 0
         self.pass_size = 0
         self._lay_views()
 
@@ -94,16 +95,26 @@ class TreeCache:
         return sum(k.nbytes + v.nbytes for k, v in self._pools.values())
 
     def begin_pass(self, pass_size: int) -> None:
-        """Prepares for a pass that writes `pass_size` tokens a row behind the committed ones."""
-        needed = max(self.lengths) + pass_size
+        """Prepares for a pass that adds `pass_size` nodes to every row's tree."""
+        needed = max(self.lengths) + self.pending + pass_size
         if needed > self.capacity:
             self._grow(max(needed, 2 * self.capacity))
         self.pass_size = pass_size
 
+    def end_pass(self) -> None:
+        """Counts the nodes of the pass that has run as pending."""
+        self.pending += self.pass_size
+        self.pass_size = 0
+
     @property
     def visible(self) -> int:
-        """Slots that the running pass attends over: committed and new ones of the longest row."""
-        return max(self.lengths) + self.pass_size
+        """Slots that the running pass attends over: committed, pending and new ones."""
+        return max(self.lengths) + self.pending + self.pass_size
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Commits the first `counts[b]` pending nodes of each row, a chain; drops the others."""
+        self.lengths[:] = [n + count for n, count in zip(self.lengths, counts, strict=True)]
+        self.pending = 0
 
     def _grow(self, capacity: int) -> None:
         old, filled = self._pools, self.capacity
@@ -116,21 +127,21 @@ class TreeCache:
         self._lay_views()
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
-        """Keeps the root and the nodes of `paths` of the last pass; the others are overwritten.
+        """Keeps the pending nodes of `paths`; all others will be overwritten.
 
         Args:
-            paths: for each active row the accepted nodes, ascending, root (node 0) not included.
+            paths: for each active row the nodes that became text, ascending.
         """
         for row, path in enumerate(paths):
             start = self.lengths[row]
             count = len(path)
-            if list(path) != list(range(1, count + 1)):
+            if list(path) != list(range(count)):
                 for keys, values in self._pools.values():
                     for pool in (keys, values):
                         source = torch.tensor(path, device=pool.device) + start
                         kept = pool[:, row].index_select(-2, source)
-                        pool[:, row, :, start + 1 : start + 1 + count] = kept
-            self.lengths[row] = start + 1 + count
+                        pool[:, row, :, start : start + count] = kept
+        self.advance([len(path) for path in paths])
 
     def retire(self, row: int) -> None:
         """Takes a row out of the active ones; the last active row takes its place.
@@ -178,14 +189,16 @@ class _TreeLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Writes the new tokens behind each row's committed ones; returns all visible slots."""
+        """Writes the new nodes behind each row's earlier ones; returns all visible slots."""
         lengths, count = self._cache.lengths, key_states.shape[-2]
+        pending = self._cache.pending
         if min(lengths) == max(lengths):
-            start = lengths[0]
+            start = lengths[0] + pending
             self.keys[:, :, start : start + count] = key_states
             self.values[:, :, start : start + count] = value_states
         else:
-            for row, start in enumerate(lengths):
+            for row, length in enumerate(lengths):
+                start = length + pending
                 self.keys[row, :, start : start + count] = key_states[row]
                 self.values[row, :, start : start + count] = value_states[row]
         visible = self._cache.visible
@@ -196,8 +209,8 @@ class _TreeLayer(CacheLayerMixin):
         return self._cache.visible, 0
 
     def get_seq_length(self) -> int:
-        """Returns the committed length of the longest row."""
-        return max(self._cache.lengths)
+        """Returns the length of the longest row, pending nodes included."""
+        return max(self._cache.lengths) + self._cache.pending
 
     def get_max_length(self) -> int:
         """Returns -1: the cache grows."""

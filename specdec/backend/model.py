@@ -35,7 +35,10 @@ class TreeModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go in."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
+        table = self.model.get_input_embeddings()
+        device: torch.device = table.weight.device
+        if device.type == "meta":  # offloaded by accelerate: it runs where its hook says
+            device = torch.device(getattr(table._hf_hook, "execution_device", "cpu"))
         return device
 
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
@@ -50,33 +53,39 @@ class TreeModel:
         ancestors: Tensor | None,
         keep: Tensor | None = None,
     ) -> Tensor:
-        """Runs one pass and writes its keys and values behind each row's committed tokens.
+        """Runs one pass over new nodes and writes their keys and values behind each row's others.
 
         Args:
-            cache: `new_cache`'s; nothing is committed here.
-            tokens: ``[B, N]`` int64.
-            positions: ``[B, N]`` int64, length of the row's prefix plus depth.
-            ancestors: ``[B, N, N]`` bool; None for a causal pass over rows of equal length, which
-                then goes the model's own way, with its own masks.
+            cache: `new_cache`'s; nothing is committed here, the new nodes are pending.
+            tokens: ``[B, N]`` int64, the new nodes.
+            positions: ``[B, M]`` int64 of all pending nodes, the new ones last: length of the
+                row's prefix plus depth.
+            ancestors: ``[B, N, M]`` bool, which of them each new node sees; None for a causal pass
+                over rows of equal length, which then goes the model's own way, with its own masks.
             keep: ``[K]`` int64 indices into N whose logits are wanted; None for all.
 
         Returns:
             ``[B, N, V]`` (or ``[B, K, V]``) logits in the model's dtype.
         """
         device = self.device
-        cache.begin_pass(tokens.shape[1])
+        if self.traits.max_positions is not None:
+            # padding may stand past the end of a learned table; nobody looks at it
+            positions = positions.clamp(max=self.traits.max_positions - 1)
+        new = tokens.shape[1]
+        cache.begin_pass(new)
         arguments: dict[str, Any] = {}
         if keep is not None and self._keeps_logits:
             arguments["logits_to_keep"] = keep.to(device)
         logits: Tensor = self.model(
             input_ids=tokens.to(device),
             attention_mask=self._attention_mask(cache, positions, ancestors),
-            position_ids=positions.to(device),
+            position_ids=positions[:, -new:].to(device),
             past_key_values=cache.hf_cache,
             use_cache=True,
             return_dict=True,
             **arguments,
         ).logits
+        cache.end_pass()
         if keep is not None and not self._keeps_logits:
             logits = logits[:, keep.to(logits.device)]
         return logits

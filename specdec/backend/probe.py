@@ -37,7 +37,8 @@ def probe(backend: TreeModel) -> None:
     # the tree: root -> (left, right), right -> below; then `after` follows the path right, below
     paths = torch.tensor([[a, b, c, root, left, left, left], [a, b, c, root, right, below, after]])
     output = backend.model(input_ids=paths.to(backend.device), use_cache=True, return_dict=True)
-    backend.specs = _layer_specs(output.past_key_values, type(backend.model).__name__)
+    past = getattr(output, "past_key_values", None)  # a few models keep no cache at all
+    backend.specs = _layer_specs(past, type(backend.model).__name__)
     left_path, right_path = output.logits.cpu()
     expected = torch.stack(
         [left_path[3], left_path[4], right_path[4], right_path[5], right_path[6]]
@@ -62,11 +63,11 @@ def _tree_logits(backend: TreeModel, prefix: list[int], tree: list[int], after: 
     """Returns ``[5, V]``: logits at the four nodes, and at `after` behind the path (2, 3)."""
     cache = backend.new_cache(batch_size=1, capacity=16)
     backend.forward(cache, torch.tensor([prefix]), torch.arange(_PREFIX).unsqueeze(0), None)
-    cache.lengths[0] = _PREFIX
+    cache.advance([_PREFIX])
     ancestors = ancestor_matrix([-1, 0, 0, 2], 4).unsqueeze(0)
     positions = torch.tensor([[0, 1, 1, 2]]) + _PREFIX
     nodes = backend.forward(cache, torch.tensor([tree]), positions, ancestors)[0].cpu()
-    cache.commit([[2, 3]])
+    cache.commit([[0, 2, 3]])
     last = backend.forward(
         cache, torch.tensor([[after]]), torch.tensor([[_PREFIX + 3]]), causal_ancestors(1, 1)
     )[0].cpu()

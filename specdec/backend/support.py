@@ -50,6 +50,11 @@ def read_traits(model: Any) -> ModelTraits:
             f"{family} uses attn_implementation={attention!r}, which takes no tree mask; "
             f"load it with attn_implementation='sdpa' or 'eager'"
         )
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"{family} has a recurrent state, which would leak from one branch of a tree into its "
+            "siblings"
+        )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(
             f"{family} takes no position_ids (alibi or the like), so siblings of a tree cannot "
@@ -60,12 +65,16 @@ def read_traits(model: Any) -> ModelTraits:
             f"{family} uses alibi, whose distances are read off a plain mask and not off a tree"
         )
     layer_types = frozenset(getattr(config, "layer_types", None) or ())
-    unknown = layer_types - _KNOWN_LAYER_TYPES
-    if unknown or getattr(model, "_is_stateful", False):
-        what = ", ".join(sorted(unknown)) or "recurrent state"
+    unknown = ", ".join(sorted(layer_types - _KNOWN_LAYER_TYPES))
+    if unknown:
         raise UnsupportedModelError(
-            f"{family} has layers of type {what}: their state would leak from one branch of a tree "
-            "into its siblings"
+            f"{family} has layers of type {unknown}: either their state would leak from one branch "
+            "of a tree into its siblings, or they make a mask of their own"
+        )
+    if "local" in (getattr(config, "attention_layers", None) or ()):
+        raise UnsupportedModelError(
+            f"{family} has local attention layers with a mask of their own, which counts the "
+            "siblings of a tree as distance; the probe's few tokens would not show it"
         )
     return ModelTraits(
         attention=attention,
