@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +78,8 @@ class SmallModel(BaseDrafter):
     @torch.no_grad()
     def expand(self, requests: Sequence[tuple[DraftLaw, Sequence[int]]]) -> list[LawRows]:
         """Runs one pass over the new nodes of all rows."""
-        wanted = {law.row: (law, handles) for law, handles in requests}  # type: ignore[attr-defined]
+        own = [(cast("_ModelLaw", law), handles) for law, handles in requests]
+        wanted = {law.row: (law, handles) for law, handles in own}
         if any(not law.known for law, _ in wanted.values()):
             self._read_text()
         new = {

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from specdec.errors import ConfigError, UnsupportedModelError
 
@@ -104,7 +105,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     sys.stderr.write(f"\n{generator.stats.explain()}\n" if generator.stats else "\n")
 
 
-def _parts(arguments: argparse.Namespace) -> dict[str, object]:
+def _parts(arguments: argparse.Namespace) -> dict[str, Any]:
     drafter = None if arguments.drafter in ("none", "None") else arguments.drafter
     return {
         "drafter": drafter,

@@ -54,8 +54,8 @@ def load_model(name: str | None) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    return model, tokenizer
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval(), tokenizer
 
 
 def stream_text(
@@ -117,14 +117,12 @@ def run_demo(model: Any, tokenizer: Any, *, max_new_tokens: int, **parts: Any) -
             for method in ("ours", "plain") if repeat % 2 == 0 else ("plain", "ours"):
                 if method == "plain":
                     with console.status("plain model.generate, for comparison"):
-                        text, took = _timed_plain(model, ids, arguments)
+                        text, took = _timed(model.generate, ids, arguments)
                 elif repeat == 0:
                     text, steps, took = stream_text(generator, ids, **arguments)
                     best = max([s for s in (best, *steps) if s], key=lambda s: len(s.path))
                 else:
-                    begin = time.perf_counter()
-                    text = generator.generate(ids, **arguments)
-                    took = time.perf_counter() - begin
+                    text, took = _timed(generator.generate, ids, arguments)
                 seconds[method][index] += took
                 texts[method][index] = text
                 if method == "ours" and generator.stats is not None:
@@ -146,9 +144,9 @@ def run_demo(model: Any, tokenizer: Any, *, max_new_tokens: int, **parts: Any) -
         console.print(f"\n[dim]last text: {escape(generator.stats.explain())}[/dim]")
 
 
-def _timed_plain(model: Any, ids: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, float]:
+def _timed(generate: Any, ids: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, float]:
     begin = time.perf_counter()
-    text = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+    text = generate(ids, attention_mask=torch.ones_like(ids), **arguments)
     return text, time.perf_counter() - begin
 
 

@@ -13,7 +13,7 @@ def tree_visibility(
 ) -> Tensor:
     """Returns ``[B, 1, N, visible]`` bool, True where a query may look.
 
-    A node sees its row's whole prefix (slots ``0 .. lengths[b]``) and, among the tree's nodes at the
+    A node sees its whole prefix (slots ``0 .. lengths[b]``) and, among the tree's nodes at the
     slots behind it, itself and its ancestors.
 
     Args:
