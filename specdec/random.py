@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.kernels.philox import keyed_gumbel, keyed_gumbel_dense
+from specdec.kernels.philox import LARGEST_GUMBEL, keyed_gumbel, keyed_gumbel_dense
 
 _WORD = (1 << 64) - 1
 
@@ -76,9 +76,11 @@ class SeededRandom:
         return draw_without_replacement(self, log_weights, count)
 
     def gumbel_argmax(self, scores: Tensor, position: int) -> int:
-        """Returns argmax(scores + g); g is evaluated on the support of `scores` only."""
-        support = torch.nonzero(scores > -torch.inf).squeeze(-1)
-        if len(support) == len(scores):
+        """Returns argmax(scores + g); g is evaluated only where it could still win."""
+        top = torch.argmax(scores).unsqueeze(0)
+        reached = scores[top].double() + keyed_gumbel(self._seed, self._row, position, top)
+        support = torch.nonzero(scores > reached - LARGEST_GUMBEL).squeeze(-1)
+        if 2 * len(support) > len(scores):
             noise = keyed_gumbel_dense(self._seed, self._row, position, len(scores), scores.device)
             return int(torch.argmax(scores.double() + noise))
         noise = keyed_gumbel(self._seed, self._row, position, support)
