@@ -26,7 +26,9 @@ class Chain:
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
         builder = TreeBuilder(root.token)
-        length = min(budget.nodes, budget.depth, self._max_depth or budget.nodes)
+        length = min(budget)
+        if self._max_depth is not None:
+            length = min(length, self._max_depth)
         node = 0
         for depth in range(1, length + 1):
             rows = yield [builder.handles[node]]

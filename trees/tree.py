@@ -75,6 +75,8 @@ class DraftTree:
                 raise TreeError(f"parents[{node}] must be in 0..{node - 1}, got {parent}")
         if min(self.token_list) < 0:
             raise TreeError("token ids must not be negative")
+        if not set(self.draw_list) <= set(Draw) or self.draw_list[0] != Draw.POINT:
+            raise TreeError(f"draws must be Draw codes, POINT for the root, got {self.draw_list}")
         if self.drawn_nodes:
             self._check_laws()
 
