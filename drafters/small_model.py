@@ -140,7 +140,9 @@ class SmallModel(BaseDrafter):
         ]
         width = max(map(len, tails))
         self._positions = torch.zeros(len(tails), 0, dtype=torch.int64)
-        logits = self._pass(tails, causal_ancestors(len(tails), width), _chain_depths(tails, width))
+        # padding shares the last position: a longer one may change a model's frequencies
+        depths = [[min(i, max(len(tail) - 1, 0)) for i in range(width)] for tail in tails]
+        logits = self._pass(tails, causal_ancestors(len(tails), width), torch.tensor(depths))
         for place, (law, tail) in enumerate(zip(laws, tails, strict=True)):
             if law is not None and tail:
                 law.known[0] = self._log_probs(logits[place, len(tail) - 1])
@@ -184,10 +186,6 @@ class SmallModel(BaseDrafter):
         common = min(self._vocab_size, logits.shape[-1])
         row[:common] = torch.log_softmax(logits[:common].float(), dim=-1)
         return row
-
-
-def _chain_depths(tails: list[list[int]], width: int) -> Tensor:
-    return torch.arange(width).expand(len(tails), width)
 
 
 class _ModelLaw:

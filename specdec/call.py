@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ _ALLOWED_MODES = {
 }
 # prepared by transformers for its own forward calls; ours need none of them
 _IGNORED_MODEL_KWARGS = {"use_cache", "logits_to_keep", "position_ids", "cache_position"}
+_HIDING = threading.RLock()
 
 
 @dataclass(slots=True)
@@ -158,10 +160,14 @@ def _refuse(inputs: Tensor | None, arguments: dict[str, Any]) -> None:
             raise ConfigError(f"{name} is not supported: positions and ids come from the tree")
     if arguments.get("custom_generate") is not None:
         raise ConfigError("custom_generate would replace the speculative loop; drop one of the two")
-    if ids is not None and (not isinstance(ids, Tensor) or ids.ndim != 2):
-        shape = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
-        raise ConfigError(f"input_ids must be a [B, T] tensor of token ids, got {shape}")
-    if ids is not None and ids.shape[1] == 0:
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ConfigError(f"input_ids must be a [B, T] tensor of token ids, got {got}")
+    if ids.shape[0] == 0:
+        raise ConfigError("the batch is empty: input_ids has no rows")
+    if ids.shape[1] == 0:
         raise ConfigError("the prompt is empty: input_ids has no tokens; give at least one")
 
 
@@ -174,47 +180,20 @@ def _without_stop_strings(model: Any, arguments: dict[str, Any]) -> Iterator[lis
         strings = strings if strings is not None else config.stop_strings
         arguments["generation_config"] = config = copy.deepcopy(config)
         config.stop_strings = None
-    defaults = model.generation_config.stop_strings
-    strings = strings if strings is not None else defaults
-    model.generation_config.stop_strings = None
-    try:
-        yield [strings] if isinstance(strings, str) else strings
-    finally:
-        model.generation_config.stop_strings = defaults
+    with _HIDING:  # or another thread would take the hidden value for the model's own
+        defaults = model.generation_config.stop_strings
+        strings = strings if strings is not None else defaults
+        model.generation_config.stop_strings = None
+        try:
+            yield [strings] if isinstance(strings, str) else strings
+        finally:
+            model.generation_config.stop_strings = defaults
 
 
-def row_copies(parts: Any, row: int, num_rows: int) -> list[Any]:
-    """Returns processors or criteria for one row of a batch.
-
-    A single row gets the objects themselves. In a batch rows advance by different amounts, so each
-    has its own shallow copies and calls them with a batch of one; where an object counts rows by
-    itself it is told which one this is.
-    """
-    if num_rows == 1:
-        return list(parts)
-    copies = [copy.copy(part) for part in parts]
-    for part in copies:
-        allowed = getattr(part, "_prefix_allowed_tokens_fn", None)
-        if allowed is not None:
-            part._prefix_allowed_tokens_fn = _for_row(allowed, row)
-        guidance = getattr(part, "unconditional_context", None)
-        if guidance is not None:
-            part.unconditional_context = {
-                key: value[row : row + 1] if isinstance(value, Tensor) else value
-                for key, value in guidance.items()
-            }
-    return copies
-
-
-def _for_row(allowed: Any, row: int) -> Any:
-    return lambda _, ids: allowed(row, ids)
-
-
-def real_columns(call: Call, row: int, cached: int) -> list[bool]:
-    """Returns for each column, cached ones in front, whether it holds a real token of the row."""
-    width = max(call.mask_length, call.input_ids.shape[1], cached)
+def real_columns(call: Call, row: int) -> list[bool]:
+    """Returns for each column of the row's mask, cached ones in front, whether it is a token."""
     if call.attention_mask is None:
-        return [True] * width
+        return [True] * call.mask_length
     mask: list[int] = call.attention_mask[row].tolist()
     return [bool(value) for value in mask]
 

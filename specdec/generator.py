@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -149,8 +151,8 @@ class SpeculativeGenerator:
     ) -> Iterator[Step]:
         """Yields each row's `Step`: its tree, the accepted path and the tokens it gave."""
         session = self._session(inputs, kwargs, seed)
-        with self._busy():
-            for steps in self._steps(session):
+        with self._busy(), closing(self._steps(session)) as all_steps:
+            for steps in all_steps:
                 yield from steps
 
     def custom_generate(
@@ -227,24 +229,31 @@ class SpeculativeGenerator:
         return _Busy(self._running)
 
     def _exhaust(self, session: _Session, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
+        if streamer is not None and len(session.inputs) > 1:
+            raise ConfigError(
+                "a streamer takes a batch of one row, as it cannot tell rows apart that advance by "
+                "different amounts; iterate over stream() instead"
+            )
         with self._busy():
             if streamer is not None:
                 streamer.put(session.call.input_ids.cpu())
-            for steps in self._steps(session):
-                if streamer is not None:
-                    for step in steps:
-                        streamer.put(torch.tensor(step.tokens))
+            with closing(self._steps(session)) as all_steps:
+                for steps in all_steps:
+                    if streamer is not None:
+                        for step in steps:
+                            streamer.put(torch.tensor(step.tokens))
             if streamer is not None:
                 streamer.end()
             return collect(session.call, session.inputs, session.loop, self.model.config)
 
     def _tokens(self, session: _Session) -> Iterator[tuple[int, list[int]]]:
-        with self._busy():
-            for steps in self._steps(session):
+        with self._busy(), closing(self._steps(session)) as all_steps:
+            for steps in all_steps:
                 for step in steps:
                     yield step.row, step.tokens
 
-    def _steps(self, session: _Session) -> Iterator[list[Step]]:
+    def _steps(self, session: _Session) -> Generator[list[Step], None, None]:
+        """Yields the steps; closed at once when left early, for the drafter's rows end with it."""
         session.open(self._backend)
         self.stats = session.stats
         yield from session.loop.steps()
@@ -280,12 +289,9 @@ class _Session:
 
     def open(self, backend: TreeModel) -> None:
         """Allocates the cache and makes the loop."""
-        limit = backend.traits.max_positions
-        longest = max(item.offset + len(item.tokens) for item in self.inputs)
-        if limit is not None and longest > limit:
-            raise ConfigError(
-                f"a prompt has {longest} tokens, the model has {limit} learned positions"
-            )
+        lengths = [item.offset + len(item.tokens) for item in self.inputs]
+        longest, limit = max(lengths), backend.traits.positions
+        limit = None if limit is None else limit.for_prompts(lengths)
         budget = self.parts.node_budget if self.parts.drafter is not None else 0
         new_tokens = min(_new_tokens(self.call), _INITIAL_ROOM)
         cache = backend.new_cache(len(self.inputs), longest + new_tokens + budget + 1)
@@ -297,9 +303,10 @@ class _Session:
             self.inputs,
             [row_streams(seed, row) for seed, row in self._keys],
             self.parts,
-            backend,
             TargetModel(backend, cache),
             self.stats,
+            vocab_size=backend.traits.vocab_size,
+            positions=limit,
         )
 
 
@@ -317,10 +324,13 @@ def _row_keys(seed: int | Sequence[int] | None, call: Call, num_rows: int) -> li
     if seed is None:
         # greedy decoding leaves torch's generator alone, as `model.generate` does
         seed = 0 if call.greedy else draw_seed()
-    if isinstance(seed, int):
-        return [(seed, row) for row in range(num_rows)]
+    try:
+        if not isinstance(seed, Sequence):
+            return [(operator.index(seed), row) for row in range(num_rows)]
+        seeds = [operator.index(own) for own in seed]
+    except TypeError as error:
+        raise ConfigError(f"seed must be an int, or one for each row, got {seed!r}") from error
     samples = call.config.num_return_sequences or 1
-    seeds = list(seed)
     if len(seeds) == num_rows:
         return [(own, 0) for own in seeds]
     if len(seeds) * samples == num_rows:

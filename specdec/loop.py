@@ -12,10 +12,11 @@ from transformers import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from specdec.backend.cache import TreeCache
-from specdec.backend.model import TreeModel
-from specdec.call import Call, row_copies
+from specdec.backend.support import PositionLimit
+from specdec.call import Call
 from specdec.errors import ConfigError
 from specdec.random import RowStreams
+from specdec.row_copies import row_copies
 from specdec.rows import RowInput
 from specdec.sampling import Prefix, ProcessedLaw
 from specdec.stats import DecodeStats, RowStats
@@ -49,7 +50,14 @@ class Parts:
 
 @dataclass(slots=True)
 class Step:
-    """What one step did to one row; for streaming, traces and drawings."""
+    """What one step did to one row; for streaming, traces and drawings.
+
+    Attributes:
+        row: the row's number in the call.
+        tokens: what became text.
+        tree: the scored tree.
+        path: accepted nodes that became text, root not included.
+    """
 
     row: int
     tokens: list[int]
@@ -91,9 +99,10 @@ class DecodeLoop:
         inputs: the rows of the call.
         streams: two random sources for each row.
         parts: drafter, policy, verifier and budget.
-        backend: the probed model.
         target: with the earlier turn, if any, already in its cache.
         stats: filled as the call goes on.
+        vocab_size: of the model; a guess past it is an error.
+        positions: where the text must end; None where positions are open-ended.
     """
 
     def __init__(
@@ -102,16 +111,18 @@ class DecodeLoop:
         inputs: list[RowInput],
         streams: list[RowStreams],
         parts: Parts,
-        backend: TreeModel,
         target: TargetModel,
         stats: DecodeStats,
+        *,
+        vocab_size: int,
+        positions: PositionLimit | None,
     ) -> None:
         self._call = call
         self._parts = parts
         self._target = target
         self._stats = stats
-        self._max_positions = backend.traits.max_positions
-        self._vocab_size = backend.traits.vocab_size
+        self._positions = positions
+        self._vocab_size = vocab_size
         device = call.input_ids.device
         count = len(inputs)
         self.rows = [
@@ -121,8 +132,12 @@ class DecodeLoop:
                 tokens=item.visible_past + item.tokens,
                 num_new=len(item.tokens),
                 prefix=Prefix(item.padding + item.visible_past + item.tokens, device),
-                processors=LogitsProcessorList(row_copies(call.processors, index, count)),
-                stopper=RowStopper(StoppingCriteriaList(row_copies(call.criteria, index, count))),
+                processors=LogitsProcessorList(
+                    row_copies(call.processors, index, count, len(item.padding))
+                ),
+                stopper=RowStopper(
+                    StoppingCriteriaList(row_copies(call.criteria, index, count, len(item.padding)))
+                ),
                 streams=row_streams,
                 stats=stats.rows[index],
             )
@@ -152,6 +167,19 @@ class DecodeLoop:
             if drafter is not None:
                 for row in self._active:
                     drafter.stop(row.index)
+
+    def run_last_tokens(self) -> None:
+        """Brings the last token of rows that ended before others into the cache.
+
+        A cache has one width for all rows, so in the next turn that token counts as cached.
+        """
+        longest = max(len(row.generated) for row in self.rows)
+        behind = [len(row.generated) < longest for row in self.places]
+        if any(behind):
+            self._target.catch_up(
+                [row.root_position for row in self.places],
+                [row.tokens[-1] if b else None for row, b in zip(self.places, behind, strict=True)],
+            )
 
     def _prefill(self) -> list[Step]:
         drafter = self._parts.drafter
@@ -184,7 +212,8 @@ class DecodeLoop:
             for row, tree, row_logits in zip(active, trees, logits, strict=True)
         ]
         with self._stats.timed("commit"):
-            self._target.commit([step.path for step in steps])
+            # the last token kept is the next root, or the end: either way it is not in the cache
+            self._target.commit([step.path[: len(step.tokens) - 1] for step in steps])
         for row, step in zip(active, steps, strict=True):
             row.stats.record(step.tree, step.path, len(step.tokens))
         if self._parts.drafter is not None:
@@ -225,8 +254,8 @@ class DecodeLoop:
         remaining = row.stopper.remaining(row.prefix.length)
         if remaining is not None:
             depth = min(depth, remaining - 1)
-        if self._max_positions is not None:
-            depth = min(depth, self._max_positions - 1 - row.root_position)
+        if self._positions is not None:
+            depth = min(depth, self._positions.num_positions - 1 - row.root_position)
         return Budget(self._parts.node_budget, max(depth, 0))
 
     def _verify(self, row: _Row, tree: DraftTree, logits: Tensor) -> Step:
@@ -238,14 +267,14 @@ class DecodeLoop:
             row.processors,
             greedy=self._call.greedy,
             root_position=row.root_position,
+            ends=row.stopper.eos_token_ids,
         )
         with self._stats.timed("verify"):
             verdict = self._parts.verifier.verify(tree, law, row.streams.verify)
             kept = self._keep(row, tree, verdict, law)
         self._stats.seconds["verify"] -= law.processor_seconds
         self._stats.seconds["processors"] += law.processor_seconds
-        # a row that stopped inside the path has its last token as the root, not in the cache
-        return Step(row.index, kept, tree, verdict.path[: len(kept) - 1])
+        return Step(row.index, kept, tree, verdict.path[: len(kept)])
 
     def _keep(self, row: _Row, tree: DraftTree, verdict: Verdict, law: ProcessedLaw) -> list[int]:
         emitted = [tree.token_list[node] for node in verdict.path] + [verdict.next_token]
@@ -268,15 +297,14 @@ class DecodeLoop:
         row.stats.num_generated += len(kept)
         if row.done:
             row.stats.finish_reason = row.stopper.reason(kept[-1], row.prefix.length)
-        elif self._max_positions is not None and row.root_position >= self._max_positions:
+        elif self._positions is not None and row.root_position >= self._positions.num_positions:
             row.done = True
             row.stats.finish_reason = "positions"
             logger.warning(
-                "row %d stopped after %d new tokens: the model's table of %d learned positions "
-                "is used up",
+                "row %d stopped after %d new tokens: the model's %d %s positions end here",
                 row.index,
                 len(row.generated),
-                self._max_positions,
+                *self._positions,
             )
         return kept
 

@@ -51,12 +51,14 @@ def _stack(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
 
 
 def _fill_cache(call: Call, inputs: list[RowInput], loop: DecodeLoop, config: Any) -> Any:
+    loop.run_last_tokens()
     places = {row.index: place for place, row in enumerate(loop.places)}
     first_new = max(call.mask_length, call.input_ids.shape[1])
+    # the last token of the longest rows was never run
+    width = first_new + max(len(row.generated) for row in loop.rows) - 1
     rows = []
     for row, item in zip(loop.rows, inputs, strict=True):
-        generated = range(first_new, first_new + len(row.generated))
+        generated = range(first_new, min(first_new + len(row.generated), width))
         columns = [*item.past_columns, *item.new_columns, *generated]
-        rows.append((places[row.index], columns[:-1]))  # the last token was never run
-    width = first_new + max(len(row.generated) for row in loop.rows) - 1
+        rows.append((places[row.index], columns))
     return export_cache(loop.cache, config, rows, width, call.past)

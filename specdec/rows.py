@@ -45,11 +45,16 @@ def split_rows(call: Call) -> list[RowInput]:
 
 
 def _split(call: Call, row: int, ids: list[int], cached: int, first: int) -> RowInput:
-    real = real_columns(call, row, cached)
+    real = real_columns(call, row)
     if len(real) != first + len(ids):
         raise ConfigError(
-            f"attention_mask has {len(real)} columns; expected {len(ids)} as in input_ids"
-            + (f", or {cached + len(ids)} with the {cached} cached ones" if cached else "")
+            f"input_ids has {len(ids)} columns, attention_mask {call.mask_length}; "
+            + (
+                f"with {cached} columns cached, input_ids must be the whole sequence, or the new "
+                "tokens under an attention_mask of the whole sequence"
+                if cached
+                else "expected the same number"
+            )
         )
     columns = [c for c in range(first, first + len(ids)) if real[c]]
     new_columns = [c for c in columns if c >= cached]

@@ -70,6 +70,8 @@ class ProcessedLaw:
         processors: the user's, in order, as `generate` prepared them.
         greedy: whether the law is the point mass at the argmax.
         root_position: absolute position of the root, padding left out.
+        ends: tokens that end the text. No processor is called behind one (a grammar, say, has
+            nothing to answer there); what is emitted there is cut off anyway.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class ProcessedLaw:
         *,
         greedy: bool,
         root_position: int,
+        ends: frozenset[int] = frozenset(),
     ) -> None:
         self.greedy = greedy
         self._tree = tree
@@ -88,6 +91,7 @@ class ProcessedLaw:
         self._prefix = prefix
         self._processors = processors
         self._root_position = root_position
+        self._ends = ends
         self._scores: dict[int, Tensor] = {}
         self.processor_seconds = 0.0
 
@@ -104,8 +108,9 @@ class ProcessedLaw:
         if node not in self._scores:
             # a copy: processors may write in place, and the raw logits are still wanted
             scores = self.raw(node).unsqueeze(0)
-            if self._processors:
-                ids = self._prefix.followed_by(self._tree.path_tokens(node))
+            path = self._tree.path_tokens(node)
+            if self._processors and self._ends.isdisjoint(path):
+                ids = self._prefix.followed_by(path)
                 begin = time.perf_counter()
                 scores = self._processors(ids, scores)  # type: ignore[arg-type]
                 self.processor_seconds += time.perf_counter() - begin

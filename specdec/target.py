@@ -59,7 +59,9 @@ class TargetModel:
             end = min(begin + chunk, width)
             pieces = [prompt[begin:end] for prompt in prompts]
             size = end - begin
-            positions = torch.tensor(self.cache.lengths).unsqueeze(1) + torch.arange(size)
+            # padding shares the last position: a longer one may change a model's frequencies
+            depths = [[min(i, max(len(piece) - 1, 0)) for i in range(size)] for piece in pieces]
+            positions = torch.tensor(self.cache.lengths).unsqueeze(1) + torch.tensor(depths)
             plain = fresh and begin == 0
             ancestors = None if plain else causal_ancestors(len(prompts), size)
             ends = [len(prompt) - 1 - begin for prompt in prompts]
@@ -104,3 +106,19 @@ class TargetModel:
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps each row's root and accepted nodes; everything else of the last pass is gone."""
         self.cache.commit([[0, *path] for path in paths])
+
+    @torch.no_grad()
+    def catch_up(self, lengths: Sequence[int], last_tokens: Sequence[int | None]) -> None:
+        """Runs and commits one more token of some rows, finished ones included.
+
+        Args:
+            lengths: committed tokens of every row, in the order of the cache.
+            last_tokens: what stands behind them; None for a row that is to stay as it is.
+        """
+        self.cache.revive(lengths)
+        tokens = [[0 if token is None else token] for token in last_tokens]
+        positions = torch.tensor(self.cache.lengths).unsqueeze(1)
+        self._backend.forward(
+            self.cache, token_matrix(tokens, 1), positions, causal_ancestors(len(tokens), 1)
+        )
+        self.cache.advance([int(token is not None) for token in last_tokens])

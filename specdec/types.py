@@ -139,8 +139,8 @@ class StepOutcome:
     Attributes:
         row: as in `DraftContext`.
         tree: the tree that was scored, root-only when nothing was drafted.
-        path: accepted nodes, root not included; cut where the row stopped.
-        emitted: the tokens that were kept, `next_token` included unless the row stopped before.
+        path: accepted nodes that became text, root not included.
+        emitted: the tokens that became text, `next_token` included unless the row stopped before.
         logits: ``[N, V]`` raw target logits of all nodes, accepted or not, in the model's dtype.
     """
 

@@ -157,6 +157,11 @@ class TreeCache:
         self.lengths.pop()
         self._lay_views()
 
+    def revive(self, lengths: Sequence[int]) -> None:
+        """Makes retired rows active again; `lengths` are all rows' in the order of the pools."""
+        self.lengths[:] = lengths
+        self._lay_views()
+
     def row_states(self, pool_row: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """Returns keys and values ``[H, length, D]`` of each layer for a row, active or retired."""
         states: list[tuple[Tensor, Tensor]] = [None] * len(self.specs)  # type: ignore[list-item]

@@ -22,9 +22,9 @@ def import_cache(cache: TreeCache, past: Any, columns: Sequence[Sequence[int]]) 
         columns: for each row the cached columns that hold real tokens, ascending.
 
     Raises:
-        ConfigError: if the cache does not fit the model or the batch.
+        ConfigError: if the cache does not fit the model or the batch, or lacks what is still seen.
     """
-    length = past.get_seq_length()
+    length = int(past.get_seq_length())
     layers = getattr(past, "layers", [])
     if len(layers) != len(cache.layers):
         raise ConfigError(
@@ -40,9 +40,18 @@ def import_cache(cache: TreeCache, past: Any, columns: Sequence[Sequence[int]]) 
                 "past_key_values was made by another model: heads and width "
                 f"{tuple(source.keys.shape[1::2])}, this one has {tuple(target.keys.shape[1::2])}"
             )
-        missing = length - source.keys.shape[-2]  # a sliding layer has dropped what nobody sees
+        # a sliding layer has dropped what nobody sees; a static one has room to spare
+        missing = max(length - source.keys.shape[-2], 0)
         for row, real in enumerate(columns):
             slots = [slot for slot, column in enumerate(real) if column >= missing]
+            if len(slots) < min(len(real), length - missing):
+                # padding behind an early end took the place of tokens that are still in view
+                raise ConfigError(
+                    f"the sliding-window layers of past_key_values no longer hold the last "
+                    f"{min(len(real), length - missing)} tokens of row {row}, only {len(slots)} of "
+                    "them; leave past_key_values out, or begin the conversation with "
+                    "DynamicCache() without a config, which keeps everything"
+                )
             taken = torch.tensor([real[slot] - missing for slot in slots], dtype=torch.int64)
             into = torch.tensor(slots, dtype=torch.int64, device=target.keys.device)
             for name in ("keys", "values"):
@@ -64,7 +73,10 @@ def export_cache(
         width: columns of the result.
         past: the cache that was handed in, filled in place; None for a new one.
     """
-    exported = DynamicCache(config=config)
+    # layers that keep everything stay so: later turns may need what a window would drop
+    layers = getattr(past, "layers", [])
+    windowed = past is None or any(getattr(layer, "is_sliding", False) for layer in layers)
+    exported = DynamicCache(config=config if windowed else None)
     states = [cache.row_states(place, len(columns)) for place, columns in rows]
     for layer in range(len(cache.layers)):
         stacked = tuple(

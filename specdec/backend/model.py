@@ -68,9 +68,10 @@ class TreeModel:
             ``[B, N, V]`` (or ``[B, K, V]``) logits in the model's dtype.
         """
         device = self.device
-        if self.traits.max_positions is not None:
-            # padding may stand past the end of a learned table; nobody looks at it
-            positions = positions.clamp(max=self.traits.max_positions - 1)
+        limit = self.traits.positions
+        if limit is not None and limit.kind == "learned":
+            # padding may stand past the end of the table; nobody looks at it
+            positions = positions.clamp(max=limit.num_positions - 1)
         new = tokens.shape[1]
         cache.begin_pass(new)
         arguments: dict[str, Any] = {}

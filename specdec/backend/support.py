@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from specdec.errors import UnsupportedModelError
+from specdec.errors import ConfigError, UnsupportedModelError
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _SUPPORTED_ATTENTION = ("sdpa", "eager")
+
+
+class PositionLimit(NamedTuple):
+    """Where a model's positions end, or where they begin to mean something else.
+
+    Attributes:
+        num_positions: positions 0 .. num_positions - 1 are safe.
+        kind: "learned" (a table that is used up), "dynamic" (rotary frequencies that follow the
+            longest position of a pass from there on, so a draft node would change the logits of
+            the tokens above it), or "longrope" (other frequencies from there on, for the whole
+            text).
+    """
+
+    num_positions: int
+    kind: str
+
+    def for_prompts(self, lengths: Sequence[int]) -> PositionLimit | None:
+        """Returns the limit that holds for rows that begin with `lengths` tokens.
+
+        Raises:
+            ConfigError: if a prompt reaches past what the model can do.
+        """
+        if max(lengths) <= self.num_positions:
+            return self
+        if self.kind == "longrope" and min(lengths) > self.num_positions:
+            return None  # the whole text has the long frequencies, and keeps them
+        if self.kind == "longrope":
+            raise ConfigError(
+                f"some prompts of the batch are longer than {self.num_positions} tokens, some are "
+                "not: longrope gives them different frequencies; generate them in separate calls"
+            )
+        raise ConfigError(
+            f"a prompt has {max(lengths)} tokens, the model has {self.num_positions} {self.kind} "
+            "positions"
+        )
 
 
 class ModelTraits(NamedTuple):
@@ -20,14 +56,14 @@ class ModelTraits(NamedTuple):
         attention: "sdpa" (bool masks) or "eager" (additive masks).
         layer_types: kinds of layers when the model takes one mask for each, else empty.
         window: width of the sliding window, None without one.
-        max_positions: rows of a learned position table, None for rotary and other open-ended ones.
+        positions: how far positions reach, None where they are open-ended.
         vocab_size: width of the logits' table.
     """
 
     attention: str
     layer_types: frozenset[str]
     window: int | None
-    max_positions: int | None
+    positions: PositionLimit | None
     vocab_size: int
 
 
@@ -80,7 +116,7 @@ def read_traits(model: Any) -> ModelTraits:
         attention=attention,
         layer_types=layer_types,
         window=_window(config, layer_types),
-        max_positions=_max_positions(model, config),
+        positions=_position_limit(model, config),
         vocab_size=config.vocab_size,
     )
 
@@ -93,8 +129,7 @@ def _window(config: Any, layer_types: frozenset[str]) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _max_positions(model: Any, config: Any) -> int | None:
-    """Returns how many positions a learned table holds, None if there is no such table."""
+def _position_limit(model: Any, config: Any) -> PositionLimit | None:
     limit: int | None = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return None
@@ -102,5 +137,14 @@ def _max_positions(model: Any, config: Any) -> int | None:
         leaf = name.rsplit(".", 1)[-1]
         learned = leaf in ("wpe", "embed_positions", "position_embeddings", "position_embedding")
         if learned and isinstance(module, nn.Embedding) and module.num_embeddings >= limit:
-            return limit
+            return PositionLimit(limit, "learned")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+        if parameters.get("rope_type") == "dynamic":
+            return PositionLimit(limit, "dynamic")
+        if parameters.get("rope_type") == "longrope":
+            own = getattr(config, "original_max_position_embeddings", None)
+            return PositionLimit(
+                parameters.get("original_max_position_embeddings") or own or limit, "longrope"
+            )
     return None
