@@ -291,7 +291,8 @@ class _Session:
         """Allocates the cache and makes the loop."""
         lengths = [item.offset + len(item.tokens) for item in self.inputs]
         longest, limit = max(lengths), backend.traits.positions
-        limit = None if limit is None else limit.for_prompts(lengths)
+        if limit is not None:
+            limit = limit.for_prompts(lengths, [item.offset for item in self.inputs])
         budget = self.parts.node_budget if self.parts.drafter is not None else 0
         new_tokens = min(_new_tokens(self.call), _INITIAL_ROOM)
         cache = backend.new_cache(len(self.inputs), longest + new_tokens + budget + 1)

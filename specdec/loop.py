@@ -171,10 +171,16 @@ class DecodeLoop:
     def run_last_tokens(self) -> None:
         """Brings the last token of rows that ended before others into the cache.
 
-        A cache has one width for all rows, so in the next turn that token counts as cached.
+        A cache has one width for all rows, so in the next turn that token counts as cached. A row
+        at the end of its positions is left out: there is no next turn for it.
         """
         longest = max(len(row.generated) for row in self.rows)
-        behind = [len(row.generated) < longest for row in self.places]
+        limit = self._positions
+        behind = [
+            len(row.generated) < longest
+            and (limit is None or row.root_position < limit.num_positions)
+            for row in self.places
+        ]
         if any(behind):
             self._target.catch_up(
                 [row.root_position for row in self.places],

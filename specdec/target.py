@@ -117,7 +117,9 @@ class TargetModel:
         """
         self.cache.revive(lengths)
         tokens = [[0 if token is None else token] for token in last_tokens]
-        positions = torch.tensor(self.cache.lengths).unsqueeze(1)
+        # a row that stays takes a position that changes nothing for the others
+        pairs = zip(lengths, last_tokens, strict=True)
+        positions = torch.tensor([[0 if token is None else length] for length, token in pairs])
         self._backend.forward(
             self.cache, token_matrix(tokens, 1), positions, causal_ancestors(len(tokens), 1)
         )

@@ -219,6 +219,45 @@ def _longrope() -> Any:
     )
 
 
+def test_a_cache_from_before_the_change_is_refused_behind_it() -> None:
+    """transformers runs such a text again from its beginning, with the other frequencies."""
+    model = _longrope()
+    generator = SpeculativeGenerator(model, node_budget=12)
+    cache = transformers.DynamicCache(config=model.config)
+    arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8}
+    first = generator.generate(tiny.ids(tiny.prompt(18)), past_key_values=cache, **arguments)
+    whole = tiny.ids(first[0].tolist() + tiny.prompt(12, seed=4))
+    with pytest.raises(ConfigError, match="leave past_key_values out"):
+        generator.generate(whole, past_key_values=cache, **arguments)
+    assert generator.generate(whole, **arguments).tolist() == (
+        model.generate(whole, **arguments).tolist()
+    )
+
+
+@pytest.mark.parametrize("make", [_dynamic_rope, lambda: _longrope()], ids=["dynamic", "longrope"])
+def test_padding_past_the_change_does_not_bring_it_about(make: Callable[[], Any]) -> None:
+    model = make()
+    generator = SpeculativeGenerator(model, node_budget=12)
+    cache = transformers.DynamicCache(config=model.config)
+    batch = tiny.padded([tiny.prompt(20), tiny.prompt(3)])
+    first = generator.generate(
+        **batch, past_key_values=cache, do_sample=False, max_new_tokens=6, pad_token_id=tiny.PAD
+    )
+    more = tiny.padded([tiny.prompt(2, seed=5), tiny.prompt(18, seed=6)], "right")
+    ids = torch.cat([first, more["input_ids"]], dim=1)
+    ones = torch.ones(2, 6, dtype=torch.int64)
+    mask = torch.cat([batch["attention_mask"], ones, more["attention_mask"]], dim=1)
+    output = generator.generate(
+        ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=4
+    )
+    for row in range(2):
+        alone = ids[row][mask[row].bool()].unsqueeze(0)
+        expected = model.generate(
+            alone, attention_mask=torch.ones_like(alone), do_sample=False, max_new_tokens=4
+        )
+        assert texts(output, ids.shape[1])[row] == texts(expected, alone.shape[1])[0]
+
+
 @pytest.mark.parametrize(("start", "new"), [(5, 20), (50, 40)], ids=["short", "long"])
 def test_longrope_on_one_side_of_its_switch(start: int, new: int) -> None:
     _assert_identical(_longrope(), tiny.prompt(start), max_new_tokens=new)

@@ -28,8 +28,12 @@ class PositionLimit(NamedTuple):
     num_positions: int
     kind: str
 
-    def for_prompts(self, lengths: Sequence[int]) -> PositionLimit | None:
+    def for_prompts(self, lengths: Sequence[int], cached: Sequence[int]) -> PositionLimit | None:
         """Returns the limit that holds for rows that begin with `lengths` tokens.
+
+        Args:
+            lengths: tokens of each prompt, an earlier turn's cache included.
+            cached: how many of them are in that cache.
 
         Raises:
             ConfigError: if a prompt reaches past what the model can do.
@@ -37,6 +41,11 @@ class PositionLimit(NamedTuple):
         if max(lengths) <= self.num_positions:
             return self
         if self.kind == "longrope" and min(lengths) > self.num_positions:
+            if any(0 < count <= self.num_positions for count in cached):
+                raise ConfigError(
+                    f"longrope gives a text of more than {self.num_positions} tokens other "
+                    "frequencies than past_key_values was made with; leave past_key_values out"
+                )
             return None  # the whole text has the long frequencies, and keeps them
         if self.kind == "longrope":
             raise ConfigError(
