@@ -52,12 +52,25 @@ DRAFTERS: dict[str, Callable[[], Any]] = {
 POLICIES: dict[str, Callable[[], Any]] = {
     "best_first": _policy("BestFirst"),
     "chain": _policy("Chain"),
+    "dyspec": _policy("DySpec"),
+    "dyspec_layered": _policy("DySpecLayered"),
+    "dyspec_threshold": _policy("DySpecThreshold"),
+    "iid": _policy("Iid"),
+    "rsd_c": _policy("RsdC"),
+    "rsd_s": _policy("RsdS"),
+    "sampled_plus_top": _policy("SampledPlusTop"),
+    "sequoia": _policy("Sequoia"),
     "static": _policy("Static"),
+    "stem": _policy("Stem"),
+    "top_n": _policy("TopN"),
 }
 VERIFIERS: dict[str, Callable[[], Any]] = {
+    "block": _verifier("Block"),
     "coupled": _verifier("Coupled"),
     "match": _verifier("Match"),
     "rejection": _verifier("Rejection"),
+    "spectr": _verifier("SpecTr"),
+    "traversal": _verifier("Traversal"),
 }
 
 # what "auto" means; CHANGELOG says when it changes

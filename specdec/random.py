@@ -7,6 +7,8 @@ production code (`specdec.testing.enumerate`).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,10 +18,15 @@ from torch import Tensor
 from specdec.kernels.philox import LARGEST_GUMBEL, keyed_gumbel, keyed_gumbel_dense
 
 _WORD = (1 << 64) - 1
+_SHORT = 64  # weights that are walked one by one rather than by blocks
 
 
 class RandomSource(Protocol):
     """Where draws come from."""
+
+    def uniform(self) -> float:
+        """Returns a number in [0, 1)."""
+        ...
 
     def bernoulli(self, probability: float) -> bool:
         """Returns True with the given probability; never at 0, always from 1 up."""
@@ -29,8 +36,12 @@ class RandomSource(Protocol):
         """Returns an index drawn in proportion to ``[n]`` non-negative weights."""
         ...
 
-    def top_k_without_replacement(self, log_weights: Tensor, count: int) -> list[int]:
-        """Returns up to `count` distinct indices drawn one after another, in order of drawing."""
+    def without_replacement(self, log_weights: Tensor) -> list[Iterator[tuple[int, float]]]:
+        """Returns, for each row of ``[n, V]``, distinct indices drawn one after another.
+
+        Each comes with its share of the row's whole weight. Nothing is drawn before it is asked
+        for; a row ends when all its weight has been drawn.
+        """
         ...
 
     def gumbel_argmax(self, scores: Tensor, position: int) -> int:
@@ -52,9 +63,13 @@ class SeededRandom:
         key = np.array([self._seed, (row << 8) | stream], dtype=np.uint64)
         self._generator = np.random.Generator(np.random.Philox(key=key))
 
+    def uniform(self) -> float:
+        """Returns a number in [0, 1)."""
+        return float(self._generator.random())
+
     def bernoulli(self, probability: float) -> bool:
         """Returns True with the given probability."""
-        return float(self._generator.random()) < probability
+        return self.uniform() < probability
 
     def categorical(self, weights: Tensor) -> int:
         """Returns an index drawn in proportion to the weights, by inverse CDF in float64."""
@@ -71,9 +86,12 @@ class SeededRandom:
             return index
         return int(torch.nonzero(weights)[-1])  # the product rounded up to the total
 
-    def top_k_without_replacement(self, log_weights: Tensor, count: int) -> list[int]:
-        """Returns distinct indices in order of drawing."""
-        return draw_without_replacement(self, log_weights, count)
+    def without_replacement(self, log_weights: Tensor) -> list[Iterator[tuple[int, float]]]:
+        """Returns draws by inverse CDF: over a short list, or over block sums of a long row."""
+        weights = torch.softmax(log_weights, dim=-1)
+        if weights.shape[1] <= _SHORT:
+            return [_short_draws(row, self._generator) for row in weights.tolist()]
+        return [_BlockedDraws(row, self._generator) for row in weights.cpu().numpy()]
 
     def gumbel_argmax(self, scores: Tensor, position: int) -> int:
         """Returns argmax(scores + g); g is evaluated only where it could still win."""
@@ -91,19 +109,75 @@ class SeededRandom:
         return keyed_gumbel(self._seed, self._row, position, token_ids)
 
 
-def draw_without_replacement(source: RandomSource, log_weights: Tensor, count: int) -> list[int]:
-    """Returns `count` indices drawn one by one, each drawn weight set to zero (or all there are).
+def _short_draws(
+    weights: list[float], generator: np.random.Generator
+) -> Iterator[tuple[int, float]]:
+    """Yields draws without replacement from a few weights."""
+    left = list(weights)
+    while (total := sum(left)) > 0.0:
+        threshold, cumulative, index = generator.random() * total, 0.0, -1
+        for place, weight in enumerate(left):
+            if weight > 0.0:
+                index, cumulative = place, cumulative + weight
+                if cumulative > threshold:
+                    break
+        left[index] = 0.0
+        yield index, weights[index]
 
-    The same law as Gumbel-top-k in decreasing order of perturbed values (Kool et al., arXiv
-    1903.06059), written as categorical draws: no dense noise, and a test can enumerate it.
+
+class _BlockedDraws:
+    """Draws without replacement from one long row: O(sqrt V) a draw after O(V) to begin with.
+
+    The same law as Gumbel-top-k in falling order of perturbed values (Kool et al., arXiv
+    1903.06059): each draw is by inverse CDF, first over blocks, then inside one, and a drawn
+    weight is set to zero.
     """
-    weights = torch.softmax(log_weights, dim=-1)
-    drawn: list[int] = []
-    for _ in range(min(count, int((weights > 0).sum()))):
-        index = source.categorical(weights)
-        drawn.append(index)
-        weights[index] = 0.0
-    return drawn
+
+    def __init__(self, weights: np.ndarray, generator: np.random.Generator) -> None:
+        self._block = math.isqrt(len(weights))
+        padded = np.zeros(len(weights) + -len(weights) % self._block, dtype=weights.dtype)
+        padded[: len(weights)] = weights
+        self._weights = padded.reshape(-1, self._block)
+        self._sums = self._weights.sum(axis=1, dtype=np.float64)
+        self._generator = generator
+
+    def __iter__(self) -> _BlockedDraws:
+        return self
+
+    def __next__(self) -> tuple[int, float]:
+        cumulative = np.cumsum(self._sums)
+        if not cumulative[-1] > 0.0:
+            raise StopIteration
+        threshold = self._generator.random() * cumulative[-1]
+        # right: the first whose cumulative weight EXCEEDS the draw, so never one of weight 0
+        block = min(int(np.searchsorted(cumulative, threshold, "right")), len(cumulative) - 1)
+        inside = np.cumsum(self._weights[block], dtype=np.float64)
+        rest = threshold - (cumulative[block - 1] if block else 0.0)
+        place = int(np.searchsorted(inside, rest, "right"))
+        if place == self._block or self._weights[block, place] == 0.0:  # the sums round apart
+            block, place = divmod(int(np.argmax(self._weights)), self._block)
+        weight = float(self._weights[block, place])
+        self._weights[block, place] = 0.0
+        self._sums[block] = self._weights[block].sum(dtype=np.float64)
+        return block * self._block + place, weight
+
+
+def draws_without_replacement(
+    source: RandomSource, log_weights: Tensor
+) -> list[Iterator[tuple[int, float]]]:
+    """Returns what `RandomSource.without_replacement` does, as categorical draws of `source`.
+
+    The reference beside the production source, and what a test enumerates.
+    """
+
+    def draws(weights: Tensor) -> Iterator[tuple[int, float]]:
+        left = weights.clone()
+        while bool((left > 0).any()):
+            index = source.categorical(left)
+            left[index] = 0.0
+            yield index, float(weights[index])
+
+    return [draws(row) for row in torch.softmax(log_weights, dim=-1)]
 
 
 class RowStreams(NamedTuple):

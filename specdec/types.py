@@ -57,8 +57,8 @@ class Budget(NamedTuple):
     """What a policy may spend on one tree.
 
     Attributes:
-        nodes: draft nodes, the root not counted.
-        depth: the deepest level allowed; the root has depth 0.
+        nodes: draft nodes, the root not counted; at least 1 when a policy is asked.
+        depth: the deepest level allowed, at least 1; the root has depth 0.
     """
 
     nodes: int

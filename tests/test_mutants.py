@@ -108,7 +108,7 @@ def test_law_without_replacement_must_be_normalised_again(
 
     loop = loop_with(Static(PAIR, Draw.WOR), Rejection(), Budget(2, 1), seed)
     assert loop.error(PREFIX) < EXACT
-    monkeypatch.setattr("specdec.verifiers.rejection._zeroed", only_zeroed)
+    monkeypatch.setattr("specdec.verifiers.laws._zeroed", only_zeroed)
     assert loop.error(PREFIX) > threshold
 
 

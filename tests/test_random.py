@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import pytest
 import torch
 
 from specdec.kernels.philox import keyed_gumbel, keyed_gumbel_dense, philox_4x32
-from specdec.random import SeededRandom, draw_seed, draw_without_replacement, row_streams
+from specdec.random import SeededRandom, draw_seed, draws_without_replacement, row_streams
 from specdec.testing.monte_carlo import chi_square
 
 FALSE_ALARM = 1e-9  # of each chi-square test, over seeds; the seeds are fixed
@@ -201,18 +201,38 @@ def test_categorical_refuses_weights_without_a_law(bad: list[float]) -> None:
         SeededRandom(0, 0, 0).categorical(torch.tensor(bad))
 
 
-def test_draws_without_replacement() -> None:
+@pytest.mark.parametrize("padding", [0, 200], ids=["short row", "blocks"])
+def test_draws_without_replacement(padding: int) -> None:
     source = SeededRandom(4, 0, 0)
-    log_weights = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64).log()
-    given = log_weights.clone()
-    pairs = [tuple(source.top_k_without_replacement(log_weights, 2)) for _ in range(4000)]
     p = [0.5, 0.0, 0.3, 0.2]
+    log_weights = torch.tensor([[0.0] * padding + p], dtype=torch.float64).log()
+    given = log_weights.clone()
+
+    def draw(count: int) -> list[tuple[int, float]]:
+        (stream,) = source.without_replacement(log_weights)
+        return [(index - padding, share) for index, share in islice(stream, count)]
+
+    pairs = [tuple(index for index, _ in draw(2)) for _ in range(4000)]
     law = {(i, j): p[i] * p[j] / (1 - p[i]) for i in (0, 2, 3) for j in (0, 2, 3) if i != j}
     assert not chi_square(pairs, law).rejects(FALSE_ALARM)
     assert torch.equal(log_weights, given)  # drawing must not change the law
-    assert sorted(source.top_k_without_replacement(log_weights, 9)) == [0, 2, 3]
-    assert source.top_k_without_replacement(log_weights, 0) == []
-    assert draw_without_replacement(source_with(0.6, 0.0), log_weights, 2) == [2, 0]
+    assert sorted(index for index, _ in draw(9)) == [0, 2, 3]
+    assert all(share == pytest.approx(p[index]) for index, share in draw(9))
+
+
+def test_rows_are_drawn_from_each_with_its_own_law() -> None:
+    log_weights = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]).log()
+    streams = SeededRandom(1, 0, 0).without_replacement(log_weights)
+    assert [[index for index, _ in stream] for stream in streams] == [[0], [2]]
+
+
+def test_reference_draws_agree_with_the_production_ones() -> None:
+    log_weights = torch.tensor([[0.5, 0.0, 0.3, 0.2]], dtype=torch.float64).log()
+    (reference,) = draws_without_replacement(source_with(0.6, 0.0), log_weights)
+    (production,) = source_with(0.6, 0.0).without_replacement(log_weights)
+    expected = [(2, pytest.approx(0.3)), (0, pytest.approx(0.5))]
+    assert list(islice(reference, 2)) == expected
+    assert list(islice(production, 2)) == expected
 
 
 # --------------------------------------------------------------------------- streams

@@ -1,8 +1,27 @@
 """Draft trees and the policies that grow them."""
 
-from specdec.trees.best_first import BestFirst
+from specdec.trees.best_first import BestFirst, TopN
 from specdec.trees.chain import Chain
+from specdec.trees.dyspec import DySpec, DySpecLayered, DySpecThreshold
+from specdec.trees.rsd import RsdC, RsdS
+from specdec.trees.sampled_plus_top import SampledPlusTop
+from specdec.trees.shapes import Iid, Sequoia, Stem
 from specdec.trees.static import Static
 from specdec.trees.tree import DraftTree
 
-__all__ = ["BestFirst", "Chain", "DraftTree", "Static"]
+__all__ = [
+    "BestFirst",
+    "Chain",
+    "DraftTree",
+    "DySpec",
+    "DySpecLayered",
+    "DySpecThreshold",
+    "Iid",
+    "RsdC",
+    "RsdS",
+    "SampledPlusTop",
+    "Sequoia",
+    "Static",
+    "Stem",
+    "TopN",
+]

@@ -1,25 +1,25 @@
-"""Best-first trees: the most probable nodes under a budget, level by level."""
+"""Best-first trees: the most valuable nodes under a budget, level by level."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from specdec.random import RandomSource
 from specdec.trees.build import TreeBuilder
-from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
+
+# gives ids and log-values [n, k] of the candidates below the nodes of one level, best first
+Weigh = Callable[[LawRows, int], tuple[Tensor, Tensor]]
 
 
 class BestFirst:
     """The tree of the `budget.nodes` largest path probabilities under the draft law.
 
-    A heap of slots would pop the same nodes one draft call at a time. Here each level is
-    over-generated in one call and everything that the best nodes so far already beat is dropped:
-    a child is never worth more than its parent, so the kept set is closed and is the heap's. Ties
-    go to the node that was created first.
-
-    Tokens are point masses: they are the top of the law, nothing is drawn.
+    Tokens are point masses: they are the top of the law, nothing is drawn. It maximises the
+    expected number of accepted tokens if the law is the target's (OPT-Tree, arXiv 2406.17276).
 
     Args:
         max_branching: the most children a node may get.
@@ -35,55 +35,117 @@ class BestFirst:
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
-        tokens, parents, handles = [root.token], [-1], [0]
-        values = torch.zeros(1)  # log path probability of each candidate, in order of creation
-        frontier = [0]
-        for _ in range(min(budget.depth, self._max_depth) if budget.nodes else 0):
-            rows = yield [handles[i] for i in frontier]
-            ids, log_probs = _ranked(rows, min(self._max_branching, budget.nodes))
-            child_values = (values[frontier].unsqueeze(1) + log_probs).flatten()
-            kept, threshold = _survivors(values, child_values, budget.nodes)
-            if not kept:
-                break
-            width = ids.shape[1]
-            flat_ids = ids.flatten().tolist()
-            first = len(tokens)
-            for i in kept:
-                parent = frontier[i // width]
-                tokens.append(flat_ids[i])
-                parents.append(parent)
-                handles.append(law.extend(handles[parent], flat_ids[i]))
-            values = torch.cat([values, child_values[kept]])
-            frontier = [i for i in range(first, len(tokens)) if values[i] >= threshold]
-        return _select(tokens, parents, handles, values, budget.nodes)
+
+        def weigh(rows: LawRows, _depth: int) -> tuple[Tensor, Tensor]:
+            return most_probable(rows, min(self._max_branching, budget.nodes))
+
+        return (yield from grow_best_first(law, root, budget, weigh, max_depth=self._max_depth))
 
 
-def _ranked(rows: LawRows, count: int) -> tuple[Tensor, Tensor]:
-    """Returns ids and log-probabilities ``[n, <= count]``, best first."""
+class TopN:
+    """EAGLE-2's tree: the best few nodes of each level are expanded, then the best of all kept.
+
+    Narrower levels than `best_first` and so fewer rows a draft call; the same tree when no level
+    has more promising nodes than `width`.
+
+    Source: Li et al., EAGLE-2 (arXiv 2406.16858). Nodes are the top of the law, point masses: its
+    reranking by a node's own probability is lossless for these, and would not be for drawn ones.
+
+    Args:
+        width: nodes expanded at each level, and children each may get.
+        max_depth: the deepest level.
+    """
+
+    name = "top_n"
+    draws = frozenset({Draw.POINT})
+
+    def __init__(self, width: int = 10, max_depth: int = 6) -> None:
+        self._width = width
+        self._max_depth = max_depth
+
+    def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
+        """Grows one tree; see `specdec.types.TreePolicy.grow`."""
+
+        def weigh(rows: LawRows, _depth: int) -> tuple[Tensor, Tensor]:
+            return most_probable(rows, self._width)
+
+        return (
+            yield from grow_best_first(
+                law, root, budget, weigh, max_depth=self._max_depth, width=self._width
+            )
+        )
+
+
+def most_probable(rows: LawRows, count: int) -> tuple[Tensor, Tensor]:
+    """Returns ids and log-probabilities ``[n, <= count]`` of each row's likeliest tokens."""
     if rows.ids is not None:
         return rows.ids[:, :count], rows.log_probs[:, :count]
     top = torch.topk(rows.log_probs, min(count, rows.log_probs.shape[1]))
     return top.indices, top.values
 
 
-def _survivors(values: Tensor, child_values: Tensor, nodes: int) -> tuple[list[int], float]:
-    """Returns the children that may still be among the best `nodes`, and the value to reach."""
+def grow_best_first(
+    law: DraftLaw,
+    root: Root,
+    budget: Budget,
+    weigh: Weigh,
+    *,
+    max_depth: int,
+    width: int | None = None,
+    draw: Draw = Draw.POINT,
+) -> GrowPlan:
+    """Grows the tree of the `budget.nodes` largest products of values along their paths.
+
+    A heap of slots would pop the same nodes one draft call at a time. Here each level is
+    over-generated in one call and everything that the best nodes so far already beat is dropped:
+    a child is never worth more than its parent, so the kept set is closed and is the heap's. Ties
+    go to the node that was created first.
+
+    Args:
+        law: the drafter's guess.
+        root: where the tree starts.
+        budget: nodes and depth.
+        weigh: values the candidates of a level, given their laws and their depth.
+        max_depth: the deepest level, whatever the budget.
+        width: the most nodes of a level that are expanded; None for all.
+        draw: how the nodes came to be.
+    """
+    tokens, parents, handles = [root.token], [-1], [0]
+    values = torch.zeros(1)  # log value of each candidate's path, in order of creation
+    frontier = [0]
+    for depth in range(1, min(budget.depth, max_depth) + 1 if budget.nodes else 1):
+        rows = yield [handles[i] for i in frontier]
+        ids, log_values = weigh(rows, depth)
+        child_values = (values[frontier].unsqueeze(1) + log_values).flatten()
+        kept = _survivors(values[1:], child_values, budget.nodes)
+        if not kept:
+            break
+        branching, flat_ids = ids.shape[1], ids.flatten().tolist()
+        first = len(tokens)
+        for i in kept:
+            parent = frontier[i // branching]
+            tokens.append(flat_ids[i])
+            parents.append(parent)
+            handles.append(law.extend(handles[parent], flat_ids[i]))
+        values = torch.cat([values, child_values[kept]])
+        frontier = list(range(first, len(tokens)))
+        if width is not None and len(frontier) > width:
+            best = torch.sort(values[first:], descending=True, stable=True).indices[:width]
+            frontier = sorted((best + first).tolist())
+    order = torch.sort(values[1:], descending=True, stable=True).indices[: budget.nodes]
+    builder = TreeBuilder(root.token)
+    places = {0: 0}
+    for number in sorted((order + 1).tolist()):
+        place = places[parents[number]]
+        places[number] = builder.add(place, tokens[number], handles[number], draw)
+    return builder.build()
+
+
+def _survivors(values: Tensor, child_values: Tensor, nodes: int) -> list[int]:
+    """Returns the children that may still be among the best `nodes` of all candidates."""
     threshold = -torch.inf
-    merged = torch.cat([values[1:], child_values])
+    merged = torch.cat([values, child_values])
     if len(merged) > nodes:
         threshold = float(torch.topk(merged, nodes).values[-1])
     keep = (child_values >= threshold) & (child_values > -torch.inf)
-    return torch.nonzero(keep).flatten().tolist(), threshold
-
-
-def _select(
-    tokens: list[int], parents: list[int], handles: list[int], values: Tensor, nodes: int
-) -> DraftTree:
-    """Returns the tree of the best `nodes` candidates; equal values in order of creation."""
-    order = torch.sort(values[1:], descending=True, stable=True).indices[:nodes]
-    builder = TreeBuilder(tokens[0])
-    new_index = {0: 0}
-    for candidate in sorted((order + 1).tolist()):
-        parent = new_index[parents[candidate]]
-        new_index[candidate] = builder.add(parent, tokens[candidate], handles[candidate])
-    return builder.build()
+    return torch.nonzero(keep).flatten().tolist()

@@ -30,7 +30,7 @@ class TreeBuilder:
 
     def add_law(self, rows: LawRows, index: int) -> int:
         """Keeps row `index` as a law that nodes were drawn from, normalised; returns its number."""
-        self._log_probs.append(torch.log_softmax(rows.log_probs[index], dim=-1))
+        self._log_probs.append(rows.log_probs[index])
         if rows.ids is not None:
             self._ids.append(rows.ids[index])
         return len(self._log_probs) - 1
@@ -52,5 +52,6 @@ class TreeBuilder:
         if self._log_probs:
             # sparse rows may name more tokens at one level than at another
             ids = pad_sequence(self._ids, True, -1.0) if self._ids else None
-            q = LawRows(pad_sequence(self._log_probs, True, -torch.inf), ids)
+            log_probs = pad_sequence(self._log_probs, True, -torch.inf)
+            q = LawRows(torch.log_softmax(log_probs, dim=-1), ids)
         return DraftTree.from_lists(self.tokens, self.parents, self._draws, self._q_row, q)

@@ -32,7 +32,7 @@ class Chain:
         node = 0
         for depth in range(1, length + 1):
             rows = yield [builder.handles[node]]
-            tokens = choose_tokens(rows, 0, 1, self._draw, random, root.position + depth)
+            (tokens,) = choose_tokens(rows, [1], self._draw, random, root.position + depth)
             if not tokens:
                 break
             drawn = self._draw in (Draw.IID, Draw.WOR)

@@ -1,40 +1,67 @@
-"""How a node gets its children: the four ways of choosing tokens from a draft law."""
+"""How nodes get their children: the four ways of choosing tokens from draft laws."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
+
 import torch
+from torch import Tensor
 
 from specdec.random import RandomSource
 from specdec.types import Draw, LawRows
 
 
 def choose_tokens(
-    rows: LawRows, index: int, count: int, draw: Draw, random: RandomSource, position: int
-) -> list[int]:
-    """Returns up to `count` tokens from row `index`, in the order in which they are to be tested.
+    rows: LawRows, counts: Sequence[int], draw: Draw, random: RandomSource, position: int
+) -> list[list[int]]:
+    """Returns up to `counts[i]` tokens from row i, in the order in which they are to be tested.
 
     Args:
-        rows: laws as the drafter gave them.
-        index: which row.
-        count: how many children are wanted; fewer come back when the support is smaller.
+        rows: the laws of one level, as the drafter gave them.
+        counts: children wanted of each row; fewer come back when the support is smaller.
         draw: how to choose.
         random: the draft stream.
         position: absolute position of the children, for the keyed noise of COUPLED.
     """
-    log_probs = rows.log_probs[index]
-    ids = None if rows.ids is None else rows.ids[index]
-    count = min(count, int((log_probs > -torch.inf).sum()))
-    if count == 0:
-        return []
-    if draw == Draw.IID:
-        weights = log_probs.exp()
-        chosen = [random.categorical(weights) for _ in range(count)]
-    elif draw == Draw.WOR:
-        chosen = random.top_k_without_replacement(log_probs, count)
+    log_probs = rows.log_probs
+    if draw == Draw.WOR:
+        streams = random.without_replacement(log_probs)
+        places = [
+            [place for place, _ in islice(stream, count)]
+            for stream, count in zip(streams, counts, strict=True)
+        ]
+    elif draw == Draw.IID:
+        known = (log_probs > -torch.inf).any(dim=-1).tolist()
+        places = [
+            [random.categorical(weights) for _ in range(count)] if some else []
+            for weights, count, some in zip(log_probs.exp(), counts, known, strict=True)
+        ]
     else:
         scores = log_probs
         if draw == Draw.COUPLED:
-            token_ids = torch.arange(len(scores), device=scores.device) if ids is None else ids
-            scores = log_probs.double() + random.keyed_noise(position, token_ids.clamp(min=0))
-        chosen = torch.topk(scores, count).indices.tolist()
-    return chosen if ids is None else [int(ids[i]) for i in chosen]
+            scores = log_probs.double() + _keyed_noise(rows, random, position)
+        places = _top(scores, counts)
+    if rows.ids is None:
+        return places
+    ids = rows.ids.tolist()
+    return [[row[place] for place in chosen] for row, chosen in zip(ids, places, strict=True)]
+
+
+def _keyed_noise(rows: LawRows, random: RandomSource, position: int) -> Tensor:
+    """Returns the verifier's noise at `position` for the tokens of each row."""
+    if rows.ids is None:
+        width = rows.log_probs.shape[1]
+        return random.keyed_noise(position, torch.arange(width, device=rows.log_probs.device))
+    known = rows.ids.clamp(min=0)
+    return random.keyed_noise(position, known.flatten()).reshape(known.shape)
+
+
+def _top(scores: Tensor, counts: Sequence[int]) -> list[list[int]]:
+    """Returns the places of the `counts[i]` largest finite scores of each row, largest first."""
+    top = torch.topk(scores, min(max(counts, default=0), scores.shape[1]), dim=-1)
+    finite = (top.values > -torch.inf).sum(dim=-1).tolist()
+    return [
+        row[: min(count, some)]
+        for row, count, some in zip(top.indices.tolist(), counts, finite, strict=True)
+    ]

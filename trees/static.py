@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
@@ -66,28 +66,42 @@ class Static:
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
-        width: dict[tuple[int, ...], int] = {}
-        for path in self._paths[: budget.nodes]:
-            width[path[:-1]] = width.get(path[:-1], 0) + 1
-        builder = TreeBuilder(root.token)
-        drawn = self._draw in (Draw.IID, Draw.WOR)
-        level: list[tuple[tuple[int, ...], int]] = [((), 0)]
-        for depth in range(1, budget.depth + 1):
-            expanding = [(path, node) for path, node in level if path in width]
-            if not expanding:
-                break
-            rows = yield [builder.handles[node] for _, node in expanding]
-            level = []
-            for index, (path, node) in enumerate(expanding):
-                tokens = choose_tokens(
-                    rows, index, width[path], self._draw, random, root.position + depth
-                )
-                q_row = builder.add_law(rows, index) if drawn and tokens else -1
-                for rank, token in enumerate(tokens):
-                    handle = law.extend(builder.handles[node], token)
-                    child = builder.add(node, token, handle, self._draw, q_row)
-                    level.append(((*path, rank), child))
-        return builder.build()
+        paths = self._paths[: budget.nodes]
+        return (yield from grow_template(paths, self._draw, law, root, budget, random))
+
+
+def grow_template(
+    paths: Iterable[tuple[int, ...]],
+    draw: Draw,
+    law: DraftLaw,
+    root: Root,
+    budget: Budget,
+    random: RandomSource,
+) -> GrowPlan:
+    """Grows the tree of rank paths, level by level, no deeper than the budget allows.
+
+    Ranks that the law does not have are left out with everything below them.
+    """
+    width: dict[tuple[int, ...], int] = {}
+    for path in paths:
+        width[path[:-1]] = width.get(path[:-1], 0) + 1
+    builder = TreeBuilder(root.token)
+    drawn = draw in (Draw.IID, Draw.WOR)
+    level: list[tuple[tuple[int, ...], int]] = [((), 0)]
+    for depth in range(1, budget.depth + 1):
+        expanding = [(path, node) for path, node in level if path in width]
+        if not expanding:
+            break
+        rows = yield [builder.handles[node] for _, node in expanding]
+        counts = [width[path] for path, _ in expanding]
+        chosen = choose_tokens(rows, counts, draw, random, root.position + depth)
+        level = []
+        for index, (path, node) in enumerate(expanding):
+            q_row = builder.add_law(rows, index) if drawn and chosen[index] else -1
+            for rank, token in enumerate(chosen[index]):
+                handle = law.extend(builder.handles[node], token)
+                level.append(((*path, rank), builder.add(node, token, handle, draw, q_row)))
+    return builder.build()
 
 
 def _promise(path: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:

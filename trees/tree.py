@@ -87,24 +87,29 @@ class DraftTree:
         if not torch.all((sums - 1).abs() < _SUM_TOLERANCE):
             raise TreeError(f"each row of q must sum to 1, got {sums.tolist()}")
         for node in self.drawn_nodes:
-            row, token = self.q_row_list[node], self.token_list[node]
-            if not 0 <= row < len(sums):
+            if not 0 <= self.q_row_list[node] < len(sums):
+                row = self.q_row_list[node]
                 raise TreeError(f"q_row[{node}] must be in 0..{len(sums) - 1}, got {row}")
-            if not self._law_has(row, token):
+        for node, possible in zip(self.drawn_nodes, self._can_be_drawn(self.q), strict=True):
+            if not possible:
+                token = self.token_list[node]
                 raise TreeError(f"node {node} holds token {token}, which its law never draws")
-            if self.draw_list[node] == Draw.WOR and any(
-                self.token_list[other] == self.token_list[node]
-                for other in self.children[self.parent_list[node]]
-                if other < node
-            ):
-                raise TreeError(f"node {node} repeats a sibling that it was drawn without")
+        for siblings in self.children:
+            seen: set[int] = set()
+            for node in siblings:
+                if self.draw_list[node] == Draw.WOR and self.token_list[node] in seen:
+                    raise TreeError(f"node {node} repeats a sibling that it was drawn without")
+                seen.add(self.token_list[node])
 
-    def _law_has(self, row: int, token: int) -> bool:
-        assert self.q is not None
-        log_probs = self.q.log_probs[row]
-        if self.q.ids is None:
-            return token < len(log_probs) and float(log_probs[token]) > -torch.inf
-        return bool((log_probs[self.q.ids[row] == token] > -torch.inf).any())
+    def _can_be_drawn(self, q: LawRows) -> list[bool]:
+        """Returns for each drawn node whether its law gives its token any probability."""
+        rows, tokens = self.q_row[self.drawn_nodes].long(), self.tokens[self.drawn_nodes]
+        if q.ids is None:
+            inside = tokens < q.log_probs.shape[1]
+            chances = q.log_probs[rows.to(q.log_probs.device), (tokens * inside).to(rows.device)]
+            return ((chances > -torch.inf).cpu() & inside).tolist()
+        named = q.ids[rows] == tokens.unsqueeze(1)
+        return (named & (q.log_probs[rows] > -torch.inf)).any(dim=1).tolist()
 
     def __len__(self) -> int:
         return len(self.token_list)

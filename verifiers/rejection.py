@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from specdec.random import RandomSource
 from specdec.trees.tree import DraftTree
-from specdec.types import Draw, ProbRow, TargetLaw, Verdict
+from specdec.types import Draw, TargetLaw, Verdict
+from specdec.verifiers.laws import SiblingLaws
 
 
 class Rejection:
@@ -39,61 +39,14 @@ def _test_children(
     tree: DraftTree, node: int, target_probs: Tensor, random: RandomSource
 ) -> tuple[int | None, Tensor]:
     """Returns the accepted child, or None and the ``[V]`` law to draw the next token from."""
-    laws: dict[int, ProbRow] = {}  # the rows of q that were needed, as the drafter gave them
-    rejected: list[int] = []
+    siblings = SiblingLaws(tree)
     for child in tree.children[node]:
-        token, draw = tree.token_list[child], tree.draw_list[child]
-        p = float(target_probs[token])
-        if draw == Draw.POINT:
-            if random.bernoulli(p):
-                return child, target_probs
-            target_probs = _without(target_probs, token)
-        else:
-            row = tree.q_row_list[child]
-            if row not in laws:
-                laws[row] = tree.draft_probs(row)
-            q = _zeroed(laws[row], rejected) if draw == Draw.WOR and rejected else laws[row]
-            q_token = _probability(q, token)
-            if q_token == 0.0:  # underflow: nothing but tokens like it is left, so it says nothing
-                continue
-            if random.bernoulli(p / q_token):
-                return child, target_probs
-            target_probs = _residual(target_probs, q)
-        rejected.append(token)
+        p, q = float(target_probs[tree.token_list[child]]), siblings.probability(child)
+        if q > 0.0 and random.bernoulli(p / q):
+            return child, target_probs
+        rest = siblings.subtract(child, target_probs)
+        total = rest.sum()
+        # nothing left can only be rounding: then p and q were equal
+        target_probs = rest / total if total > 0 else target_probs
+        siblings.reject(child)
     return None, target_probs
-
-
-def _probability(q: ProbRow, token: int) -> float:
-    if q.ids is None:
-        return float(q.probs[token])
-    return float(q.probs[q.ids == token].sum())
-
-
-def _without(target_probs: Tensor, token: int) -> Tensor:
-    """Returns (p - point mass)+, normalised; p itself when nothing else is left (rounding)."""
-    rest = target_probs.clone()
-    rest[token] = 0.0
-    total = rest.sum()
-    return rest / total if total > 0 else target_probs
-
-
-def _residual(target_probs: Tensor, q: ProbRow) -> Tensor:
-    """Returns norm((p - q)+); p itself when it is all zero, which only rounding can cause."""
-    if q.ids is None:
-        rest = target_probs - q.probs.to(target_probs.device)
-    else:
-        known = q.ids >= 0
-        rest = target_probs.clone()
-        rest[q.ids[known]] -= q.probs[known].to(rest)
-    rest = rest.clamp_(min=0.0)
-    total = rest.sum()
-    return rest / total if total > 0 else target_probs
-
-
-def _zeroed(q: ProbRow, tokens: list[int]) -> ProbRow:
-    """Returns q with `tokens` zeroed and the rest normalised again."""
-    probs = q.probs.clone()
-    for token in tokens:
-        probs[token if q.ids is None else q.ids == token] = 0.0
-    total = probs.sum()
-    return ProbRow(probs / total if total > 0 else torch.zeros_like(probs), q.ids)

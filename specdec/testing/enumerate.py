@@ -7,14 +7,14 @@ behind it. Outcomes of probability zero are never taken. Weights are float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import accumulate
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from specdec.random import RowStreams, draw_without_replacement
+from specdec.random import RowStreams, draws_without_replacement
 
 Outcome = TypeVar("Outcome", bound=Hashable)
 
@@ -107,9 +107,13 @@ class EnumeratingRandom:
             raise MisuseError(f"weights must be >= 0 with a positive sum, got {weights.tolist()}")
         return self._pick((weights / total).tolist())
 
-    def top_k_without_replacement(self, log_weights: Tensor, count: int) -> list[int]:
-        """Branches over one draw after another, as the production source does."""
-        return draw_without_replacement(self, log_weights, count)
+    def uniform(self) -> float:
+        """Raises MisuseError: a continuous value cannot be enumerated."""
+        raise MisuseError("uniform numbers cannot be enumerated; test by Monte Carlo")
+
+    def without_replacement(self, log_weights: Tensor) -> list[Iterator[tuple[int, float]]]:
+        """Branches over one draw after another."""
+        return draws_without_replacement(self, log_weights)
 
     def gumbel_argmax(self, scores: Tensor, position: int) -> int:
         """Branches over softmax(scores), the law of argmax(scores + g), once a position.
