@@ -28,7 +28,7 @@ from specdec.target import TargetModel
 from specdec.types import Drafter, TargetInfo, TreePolicy, Verifier
 
 # until budgets are chosen by measured costs: a pass over more rows is dear on a CPU, cheap on a GPU
-_AUTO_NODE_BUDGET = {"cpu": 16}
+_AUTO_NODE_BUDGET = {"cpu": 8}
 _AUTO_NODE_BUDGET_ELSEWHERE = 32
 _ASSISTANT_TOKENS = 5  # a chain for assistant_model without num_assistant_tokens
 _INITIAL_ROOM = 1024  # new tokens a cache has room for before it grows
@@ -49,7 +49,7 @@ class SpeculativeGenerator:
         policy: a name ("best_first", "chain", "static"), an object, or "auto" (best_first).
         verifier: a name ("match", "rejection", "coupled"), an object, or "auto" (coupled: with a
             seed the text depends on model and seed alone).
-        node_budget: draft nodes a tree, the root not counted; "auto" is 16 on a CPU, 32 elsewhere.
+        node_budget: draft nodes a tree, the root not counted; "auto" is 8 on a CPU, 32 elsewhere.
 
     Attributes:
         stats: `DecodeStats` of the last call, None before the first.
