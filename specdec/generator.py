@@ -46,7 +46,7 @@ class SpeculativeGenerator:
         drafter: a name ("token_recycling", "prompt_lookup"), an object such as
             ``specdec.drafters.SmallModel(draft_model)``, "auto" (token_recycling for now), or None
             for plain decoding through the same loop.
-        policy: a name ("best_first", "static", "chain", "dyspec_layered", ...), an object, or "auto"
+        policy: a name ("best_first", "static", "chain", "dyspec_layered", ...), an object or "auto"
             (best_first).
         verifier: a name ("coupled", "match", "rejection", "traversal", ...), an object, or "auto"
             (coupled: with a seed the text depends on model and seed alone).
