@@ -20,6 +20,7 @@ class BaseDrafter:
 
     name = ""
     needs = DrafterNeeds()
+    honest = False
 
     def attach(self, target: TargetInfo) -> None:
         """Fits the drafter to a target."""

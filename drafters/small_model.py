@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
 from specdec.backend.probe import probe
 from specdec.drafters.base import BaseDrafter
 from specdec.errors import ConfigError
+from specdec.trees.tree import DraftTree
 from specdec.types import (
     DraftContext,
     DraftLaw,
@@ -43,6 +45,7 @@ class SmallModel(BaseDrafter):
     """
 
     name = "small_model"
+    honest = True
 
     def __init__(self, model: Any, tokenizer: Any = None) -> None:
         if tokenizer is not None:
@@ -97,8 +100,7 @@ class SmallModel(BaseDrafter):
         """Notes which of the drafted nodes became text."""
         law = self._laws.get(outcome.row)
         if law is not None:
-            tokens = [outcome.tree.token_list[node] for node in outcome.path]
-            self._kept[outcome.row] = law.places_of(tokens)
+            self._kept[outcome.row] = law.places_of(outcome.tree, outcome.path)
 
     def stop(self, row: int) -> None:
         """Takes the row out of the draft model's batch."""
@@ -220,13 +222,8 @@ class _ModelLaw:
             handle = self._parents[handle]
         return path[::-1]
 
-    def places_of(self, tokens: Sequence[int]) -> list[int]:
-        """Returns the pending nodes along a path, as far as they were run."""
-        children = {(self._parents[h], self.tokens[h]): h for h in self.places}
-        places, handle = [], 0
-        for token in tokens:
-            if (handle, token) not in children:
-                break
-            handle = children[handle, token]
-            places.append(self.places[handle])
-        return places
+    def places_of(self, tree: DraftTree, path: Sequence[int]) -> list[int]:
+        """Returns the pending nodes along a path of the tree, as far as they were run."""
+        handles = tree.handles or ()
+        run = takewhile(lambda handle: handle in self.places, (handles[node] for node in path))
+        return [self.places[handle] for handle in run]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import entry_points
 from typing import Any
 
 from specdec.errors import ConfigError
-from specdec.types import Drafter, TreePolicy, Verifier
+from specdec.types import Drafter, Draw, TreePolicy, Verifier
 
 
 def _drafter(name: str) -> Callable[[], Any]:
@@ -52,10 +52,12 @@ DRAFTERS: dict[str, Callable[[], Any]] = {
 POLICIES: dict[str, Callable[[], Any]] = {
     "best_first": _policy("BestFirst"),
     "chain": _policy("Chain"),
+    "coupled_best_first": _policy("CoupledBestFirst"),
     "dyspec": _policy("DySpec"),
     "dyspec_layered": _policy("DySpecLayered"),
     "dyspec_threshold": _policy("DySpecThreshold"),
     "iid": _policy("Iid"),
+    "marginals": _policy("Marginals"),
     "rsd_c": _policy("RsdC"),
     "rsd_s": _policy("RsdS"),
     "sampled_plus_top": _policy("SampledPlusTop"),
@@ -73,8 +75,8 @@ VERIFIERS: dict[str, Callable[[], Any]] = {
     "traversal": _verifier("Traversal"),
 }
 
-# what "auto" means; CHANGELOG says when it changes
-AUTO = {"drafter": "token_recycling", "policy": "best_first", "verifier": "coupled"}
+# what "auto" means for the drafter; `specdec.auto` fits policy and verifier to it
+_AUTO_DRAFTER = "token_recycling"
 
 
 def build_drafter(spec: str | Drafter | None) -> Drafter | None:
@@ -103,14 +105,17 @@ def check_draws(policy: TreePolicy, verifier: Verifier) -> None:
     """Raises ConfigError if the verifier is not exact for the laws of the policy's nodes."""
     refused = policy.draws - verifier.accepts
     if refused:
-        names = ", ".join(draw.name.lower() for draw in sorted(refused))
-        accepted = ", ".join(draw.name.lower() for draw in sorted(verifier.accepts))
         fitting = [n for n, make in VERIFIERS.items() if policy.draws <= make().accepts]
         raise ConfigError(
-            f"policy {policy.name!r} makes nodes drawn as {names}, for which verifier "
-            f"{verifier.name!r} (exact for {accepted}) would not be lossless; use "
-            f"verifier={' or '.join(map(repr, fitting))}"
+            f"policy {policy.name!r} makes nodes drawn as {names_of(refused)}, for which verifier "
+            f"{verifier.name!r} (exact for {names_of(verifier.accepts)}) would not be lossless; "
+            f"use verifier={' or '.join(map(repr, fitting))}"
         )
+
+
+def names_of(draws: Collection[Draw]) -> str:
+    """Returns draw laws as the errors name them."""
+    return ", ".join(draw.name.lower() for draw in sorted(draws))
 
 
 def _build(kind: str, spec: Any, known: dict[str, Callable[[], Any]], protocol: type) -> Any:
@@ -125,7 +130,7 @@ def _build(kind: str, spec: Any, known: dict[str, Callable[[], Any]], protocol: 
             f"{kind} must be a name or an object with the methods of specdec.types."
             f"{protocol.__name__}, got {type(spec).__name__}"
         )
-    name = AUTO[kind] if spec == "auto" else spec
+    name = _AUTO_DRAFTER if (kind, spec) == ("drafter", "auto") else spec
     if name in known:
         return known[name]()
     group = "specdec.policies" if kind == "policy" else f"specdec.{kind}s"

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.auto import PartsForCalls
 from specdec.backend.exchange import import_cache
 from specdec.backend.model import TreeModel
 from specdec.backend.probe import probe
-from specdec.build import build_drafter, build_policy, build_verifier, check_draws
+from specdec.build import build_drafter
 from specdec.call import Call, past_length, prepare, take_over
 from specdec.errors import BusyError, ConfigError
 from specdec.loop import DecodeLoop, Parts, Step
@@ -46,10 +47,10 @@ class SpeculativeGenerator:
         drafter: a name ("token_recycling", "prompt_lookup"), an object such as
             ``specdec.drafters.SmallModel(draft_model)``, "auto" (token_recycling for now), or None
             for plain decoding through the same loop.
-        policy: a name ("best_first", "static", "chain", "dyspec_layered", ...), an object or "auto"
-            (best_first).
-        verifier: a name ("coupled", "match", "rejection", "traversal", ...), an object, or "auto"
-            (coupled: with a seed the text depends on model and seed alone).
+        policy: a name ("best_first", "static", "chain", "dyspec_layered", ...), an object or
+            "auto": what suits the drafter and the verifier, see `specdec.auto`.
+        verifier: a name ("coupled", "match", "rejection", "traversal", ...), an object or "auto".
+            With a seed "auto" is coupled: the text then depends on model and seed alone.
         node_budget: draft nodes a tree, the root not counted; "auto" is 8 on a CPU, 32 elsewhere.
 
     Attributes:
@@ -81,13 +82,12 @@ class SpeculativeGenerator:
         self.stats: DecodeStats | None = None
         self._backend = TreeModel(model)
         probe(self._backend)
-        self._parts = Parts(
-            drafter=build_drafter(drafter),
-            policy=build_policy(policy),
-            verifier=build_verifier(verifier),
-            node_budget=_node_budget(node_budget, self._backend.device),
+        self._parts = PartsForCalls(
+            build_drafter(drafter),
+            policy,
+            verifier,
+            _node_budget(node_budget, self._backend.device),
         )
-        check_draws(self._parts.policy, self._parts.verifier)
         self._attach(self._parts.drafter)
         self._running = threading.Lock()
 
@@ -199,12 +199,13 @@ class SpeculativeGenerator:
     def _session(
         self, inputs: Tensor | None, kwargs: dict[str, Any], seed: int | Sequence[int] | None
     ) -> _Session:
-        parts = self._aliased_parts(kwargs)
+        parts = self._aliased(kwargs)
         return _Session(prepare(self.model, self.tokenizer, inputs, kwargs), parts, seed)
 
-    def _aliased_parts(self, kwargs: dict[str, Any]) -> Parts:
-        """Returns the parts for one call; takes transformers' own speculation arguments."""
+    def _aliased(self, kwargs: dict[str, Any]) -> PartsForCalls:
+        """Returns the parts, for one call if transformers' own speculation arguments are given."""
         from specdec.drafters import PromptLookup, SmallModel
+        from specdec.trees import Chain
 
         assistant = kwargs.pop("assistant_model", None)
         tokens = kwargs.pop("prompt_lookup_num_tokens", None)
@@ -219,12 +220,8 @@ class SpeculativeGenerator:
             drafter, tokens = SmallModel(assistant), length or _ASSISTANT_TOKENS
         else:
             drafter = PromptLookup() if size is None else PromptLookup(size)
-        parts = Parts(
-            drafter, build_policy("chain"), self._parts.verifier, _node_budget(tokens, None)
-        )
-        check_draws(parts.policy, parts.verifier)
         self._attach(drafter)
-        return parts
+        return self._parts.with_drafter(drafter, Chain(), _node_budget(tokens, None))
 
     def _busy(self) -> _Busy:
         return _Busy(self._running)
@@ -280,9 +277,9 @@ class _Busy:
 class _Session:
     """One call between its preparation and its output."""
 
-    def __init__(self, call: Call, parts: Parts, seed: int | Sequence[int] | None) -> None:
+    def __init__(self, call: Call, parts: PartsForCalls, seed: int | Sequence[int] | None) -> None:
         self.call = call
-        self.parts = parts
+        self.parts = parts.for_call(greedy=call.greedy, seeded=seed is not None)
         self.inputs: list[RowInput] = split_rows(call)
         self._keys = _row_keys(seed, call, len(self.inputs))
         self.stats: DecodeStats

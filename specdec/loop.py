@@ -13,6 +13,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from specdec.backend.cache import TreeCache
 from specdec.backend.support import PositionLimit
+from specdec.build import names_of
 from specdec.call import Call
 from specdec.errors import ConfigError
 from specdec.random import RowStreams
@@ -225,9 +226,9 @@ class DecodeLoop:
         if self._parts.drafter is not None:
             with self._stats.timed("observe"):
                 for step, row_logits in zip(steps, logits, strict=True):
-                    self._parts.drafter.observe(
-                        StepOutcome(step.row, step.tree, step.path, step.tokens, row_logits)
-                    )
+                    outcome = StepOutcome(step.row, step.tree, step.path, step.tokens, row_logits)
+                    self._parts.drafter.observe(outcome)
+                    self._parts.policy.observe(outcome)
         self._retire()
         return steps
 
@@ -243,13 +244,19 @@ class DecodeLoop:
             row = active[i]
             remaining = budgets[i].depth + 1
             law = parts.drafter.law(DraftContext(row.index, row.tokens, remaining))
-            root = Root(row.tokens[-1], row.root_position)
+            root = Root(row.tokens[-1], row.root_position, self._call.greedy)
             plans.append((law, parts.policy.grow(law, root, budgets[i], row.streams.draft)))
         for i, tree in zip(growing, grow_trees(plans, parts.drafter.expand), strict=True):
             if max(tree.token_list) >= self._vocab_size:
                 raise ConfigError(
                     f"drafter {parts.drafter.name!r} guessed token {max(tree.token_list)}, but the "
                     f"model's vocabulary has {self._vocab_size}; their tokenizers do not fit"
+                )
+            if not tree.kinds <= parts.verifier.accepts:
+                raise ConfigError(
+                    f"policy {parts.policy.name!r} made a tree with nodes drawn as "
+                    f"{names_of(tree.kinds)}; verifier {parts.verifier.name!r} is exact for "
+                    f"{names_of(parts.verifier.accepts)} only"
                 )
             trees[i] = tree
         return trees

@@ -66,10 +66,17 @@ class Budget(NamedTuple):
 
 
 class Root(NamedTuple):
-    """The root of a tree: the last committed token and its absolute position, padding left out."""
+    """The root of a tree.
+
+    Attributes:
+        token: the last committed token.
+        position: its absolute position, padding left out.
+        greedy: whether the target takes its argmax at every node, so that no noise plays a part.
+    """
 
     token: int
     position: int
+    greedy: bool = False
 
 
 class Verdict(NamedTuple):
@@ -201,6 +208,9 @@ class Drafter(Protocol):
 
     name: str
     needs: DrafterNeeds
+    # whether its rows are a language model's probabilities, so that drawing from them pays; tables
+    # and retrieval rank well but are no such law
+    honest: bool
 
     def attach(self, target: TargetInfo) -> None:
         """Fits the drafter to a target, before any other call. Raises ConfigError on a misfit."""
@@ -251,6 +261,10 @@ class TreePolicy(Protocol):
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree: yields the handles it wants rows for, receives them, returns the tree."""
+        ...
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learns from a finished step; called once a step and row, root-only trees included."""
         ...
 
 

@@ -25,7 +25,7 @@ from specdec.testing.toys import (
     repetition_penalty,
     total_variation,
 )
-from specdec.trees import BestFirst, Chain, Static
+from specdec.trees import BestFirst, Chain, CoupledBestFirst, Static
 from specdec.trees.build import TreeBuilder
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root, TreePolicy, Verifier
 from specdec.verifiers import Coupled, Match, Rejection
@@ -431,6 +431,8 @@ def coupled_loops(vocab_size: int, target: ToyTarget) -> Iterator[ToyLoop]:
         *((Chain(draw), Budget(4, 3)) for draw in Draw),
         *((Static(UNEVEN, draw), Budget(5, 4)) for draw in Draw),
         (Static(draw=Draw.COUPLED), Budget(40, 3)),
+        (CoupledBestFirst(), Budget(6, 3)),
+        (CoupledBestFirst(max_branching=1), Budget(4, 4)),
         (BestFirst(), Budget(9, 4)),
         (BestFirst(), Budget(1, 1)),
     ]
@@ -484,8 +486,9 @@ def test_tabulated_noise_is_the_production_noise(noise: torch.Tensor) -> None:
     [
         (Chain(Draw.COUPLED), Budget(2, 2)),
         (Static([(0,), (1,), (0, 0)], Draw.COUPLED), Budget(3, 2)),
+        (CoupledBestFirst(), Budget(2, 2)),
     ],
-    ids=["chain", "static"],
+    ids=["chain", "static", "best_first"],
 )
 def test_coupled_text_follows_the_target(
     policy: TreePolicy, budget: Budget, noise: torch.Tensor

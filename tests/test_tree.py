@@ -200,7 +200,10 @@ def test_ways_of_choosing_children(sparse: bool) -> None:
     source = row_streams(5, 2).draft
 
     def choose(count: int, draw: Draw) -> list[int]:
-        return choose_tokens(rows, [count], draw, source, position=11)[0]
+        (chosen,) = choose_tokens(rows, [count], draw, source, Root(0, 10), 1)
+        for token, chance in chosen:
+            assert chance == pytest.approx(float(draft.log_probs((0,))[token].exp()))
+        return [token for token, _ in chosen]
 
     assert choose(3, POINT) == best[:3]
     assert choose(9, POINT) == best
@@ -221,7 +224,7 @@ def test_a_law_that_names_no_token_gives_no_children(draw: Draw) -> None:
         LawRows(torch.full((1, 2), -torch.inf), torch.full((1, 2), -1)),
         LawRows(torch.empty(1, 0), torch.empty(1, 0, dtype=torch.int64)),
     ):
-        assert choose_tokens(rows, [2], draw, row_streams(0, 0).draft, position=0) == [[]]
+        assert choose_tokens(rows, [2], draw, row_streams(0, 0).draft, Root(0, 0), 1) == [[]]
 
 
 # --------------------------------------------------------------------------- all policies

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from specdec.random import RandomSource
+from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
-# gives ids and log-values [n, k] of the candidates below the nodes of one level, best first
-Weigh = Callable[[LawRows, int], tuple[Tensor, Tensor]]
+# gives ids and log-values [n, k] of the candidates below the nodes of one level, best first, from
+# the nodes' laws, their handles and the depth of the candidates
+Weigh = Callable[[LawRows, Sequence[int], int], tuple[Tensor, Tensor]]
 
 
-class BestFirst:
+class BestFirst(BasePolicy):
     """The tree of the `budget.nodes` largest path probabilities under the draft law.
 
     Tokens are point masses: they are the top of the law, nothing is drawn. It maximises the
@@ -36,13 +39,13 @@ class BestFirst:
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
 
-        def weigh(rows: LawRows, _depth: int) -> tuple[Tensor, Tensor]:
+        def weigh(rows: LawRows, _handles: Sequence[int], _depth: int) -> tuple[Tensor, Tensor]:
             return most_probable(rows, min(self._max_branching, budget.nodes))
 
         return (yield from grow_best_first(law, root, budget, weigh, max_depth=self._max_depth))
 
 
-class TopN:
+class TopN(BasePolicy):
     """EAGLE-2's tree: the best few nodes of each level are expanded, then the best of all kept.
 
     Narrower levels than `best_first` and so fewer rows a draft call; the same tree when no level
@@ -66,7 +69,7 @@ class TopN:
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
 
-        def weigh(rows: LawRows, _depth: int) -> tuple[Tensor, Tensor]:
+        def weigh(rows: LawRows, _handles: Sequence[int], _depth: int) -> tuple[Tensor, Tensor]:
             return most_probable(rows, self._width)
 
         return (
@@ -105,22 +108,24 @@ def grow_best_first(
         law: the drafter's guess.
         root: where the tree starts.
         budget: nodes and depth.
-        weigh: values the candidates of a level, given their laws and their depth.
+        weigh: values the candidates of a level.
         max_depth: the deepest level, whatever the budget.
         width: the most nodes of a level that are expanded; None for all.
         draw: how the nodes came to be.
     """
-    tokens, parents, handles = [root.token], [-1], [0]
+    tokens, parents, handles, chances = [root.token], [-1], [0], [math.nan]
     values = torch.zeros(1)  # log value of each candidate's path, in order of creation
     frontier = [0]
     for depth in range(1, min(budget.depth, max_depth) + 1 if budget.nodes else 1):
-        rows = yield [handles[i] for i in frontier]
-        ids, log_values = weigh(rows, depth)
+        asked = [handles[i] for i in frontier]
+        rows = yield asked
+        ids, log_values = weigh(rows, asked, depth)
         child_values = (values[frontier].unsqueeze(1) + log_values).flatten()
         kept = _survivors(values[1:], child_values, budget.nodes)
         if not kept:
             break
         branching, flat_ids = ids.shape[1], ids.flatten().tolist()
+        chances += log_values.flatten()[kept].exp().tolist()
         first = len(tokens)
         for i in kept:
             parent = frontier[i // branching]
@@ -137,7 +142,9 @@ def grow_best_first(
     places = {0: 0}
     for number in sorted((order + 1).tolist()):
         place = places[parents[number]]
-        places[number] = builder.add(place, tokens[number], handles[number], draw)
+        places[number] = builder.add(
+            place, tokens[number], handles[number], draw, chance=chances[number]
+        )
     return builder.build()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -22,6 +24,7 @@ class TreeBuilder:
         self.handles = [0]
         self._draws = [Draw.POINT]
         self._q_row = [-1]
+        self._chances = [math.nan]
         self._log_probs: list[Tensor] = []
         self._ids: list[Tensor] = []
 
@@ -36,7 +39,13 @@ class TreeBuilder:
         return len(self._log_probs) - 1
 
     def add(
-        self, parent: int, token: int, handle: int, draw: Draw = Draw.POINT, q_row: int = -1
+        self,
+        parent: int,
+        token: int,
+        handle: int,
+        draw: Draw = Draw.POINT,
+        q_row: int = -1,
+        chance: float = math.nan,
     ) -> int:
         """Adds a node below `parent`; returns its index."""
         self.tokens.append(token)
@@ -44,6 +53,7 @@ class TreeBuilder:
         self.handles.append(handle)
         self._draws.append(draw)
         self._q_row.append(q_row)
+        self._chances.append(chance)
         return len(self.tokens) - 1
 
     def build(self) -> DraftTree:
@@ -54,4 +64,6 @@ class TreeBuilder:
             ids = pad_sequence(self._ids, True, -1.0) if self._ids else None
             log_probs = pad_sequence(self._log_probs, True, -torch.inf)
             q = LawRows(torch.log_softmax(log_probs, dim=-1), ids)
-        return DraftTree.from_lists(self.tokens, self.parents, self._draws, self._q_row, q)
+        return DraftTree.from_lists(
+            self.tokens, self.parents, self._draws, self._q_row, q, self._chances, self.handles
+        )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from specdec.random import RandomSource
+from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
 from specdec.trees.draws import choose_tokens
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, Root
 
 
-class Chain:
+class Chain(BasePolicy):
     """One node a level until the budget, the depth or the drafter's knowledge ends.
 
     Args:
@@ -32,11 +33,12 @@ class Chain:
         node = 0
         for depth in range(1, length + 1):
             rows = yield [builder.handles[node]]
-            (tokens,) = choose_tokens(rows, [1], self._draw, random, root.position + depth)
-            if not tokens:
+            (chosen,) = choose_tokens(rows, [1], self._draw, random, root, depth)
+            if not chosen:
                 break
+            token, chance = chosen[0]
             drawn = self._draw in (Draw.IID, Draw.WOR)
             q_row = builder.add_law(rows, 0) if drawn else -1
-            handle = law.extend(builder.handles[node], tokens[0])
-            node = builder.add(node, tokens[0], handle, self._draw, q_row)
+            handle = law.extend(builder.handles[node], token)
+            node = builder.add(node, token, handle, self._draw, q_row, chance)
         return builder.build()

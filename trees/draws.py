@@ -9,20 +9,24 @@ import torch
 from torch import Tensor
 
 from specdec.random import RandomSource
-from specdec.types import Draw, LawRows
+from specdec.types import Draw, LawRows, Root
 
 
 def choose_tokens(
-    rows: LawRows, counts: Sequence[int], draw: Draw, random: RandomSource, position: int
-) -> list[list[int]]:
+    rows: LawRows, counts: Sequence[int], draw: Draw, random: RandomSource, root: Root, depth: int
+) -> list[list[tuple[int, float]]]:
     """Returns up to `counts[i]` tokens from row i, in the order in which they are to be tested.
+
+    Each comes with its probability in the row.
 
     Args:
         rows: the laws of one level, as the drafter gave them.
         counts: children wanted of each row; fewer come back when the support is smaller.
         draw: how to choose.
         random: the draft stream.
-        position: absolute position of the children, for the keyed noise of COUPLED.
+        root: of the tree; its position, and the depth, key the noise of COUPLED. A greedy target
+            has no noise.
+        depth: of the children.
     """
     log_probs = rows.log_probs
     if draw == Draw.WOR:
@@ -39,13 +43,19 @@ def choose_tokens(
         ]
     else:
         scores = log_probs
-        if draw == Draw.COUPLED:
-            scores = log_probs.double() + _keyed_noise(rows, random, position)
+        if draw == Draw.COUPLED and not root.greedy:
+            scores = log_probs.double() + _keyed_noise(rows, random, root.position + depth)
         places = _top(scores, counts)
-    if rows.ids is None:
-        return places
-    ids = rows.ids.tolist()
-    return [[row[place] for place in chosen] for row, chosen in zip(ids, places, strict=True)]
+    return _named(rows, places)
+
+
+def _named(rows: LawRows, places: list[list[int]]) -> list[list[tuple[int, float]]]:
+    """Returns the token and the probability at each place."""
+    row = [index for index, chosen in enumerate(places) for _ in chosen]
+    column = [place for chosen in places for place in chosen]
+    tokens = column if rows.ids is None else rows.ids[row, column].tolist()
+    named = zip(tokens, rows.log_probs[row, column].exp().tolist(), strict=True)
+    return [list(islice(named, len(chosen))) for chosen in places]
 
 
 def _keyed_noise(rows: LawRows, random: RandomSource, position: int) -> Tensor:

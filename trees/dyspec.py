@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
+from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
@@ -27,6 +28,7 @@ class _Node:
     depth: int
     slot_value: float
     path_value: float
+    chance: float = 1.0
     row: tuple[LawRows, int] | None = None
     ids: list[int] | None = None
     draws: Iterator[tuple[int, float]] | None = None
@@ -72,6 +74,7 @@ class _Grower:
             slot_value=node.next_slot,
             # the slot is worth at least what is drawn from it; rounding must not say otherwise
             path_value=min(node.path_value * probability, node.next_slot),
+            chance=probability,
         )
         node.mass_left = max(node.mass_left - probability, 0.0)
         self.nodes.append(child)
@@ -88,7 +91,12 @@ class _Grower:
                 assert row is not None
                 laws[node.parent] = builder.add_law(*row)
             places[number] = builder.add(
-                places[node.parent], node.token, node.handle, Draw.WOR, laws[node.parent]
+                places[node.parent],
+                node.token,
+                node.handle,
+                Draw.WOR,
+                laws[node.parent],
+                node.chance,
             )
         return builder.build()
 
@@ -97,7 +105,7 @@ def _root(root: Root) -> _Node:
     return _Node(root.token, -1, 0, 0, 1.0, 1.0)
 
 
-class DySpec:
+class DySpec(BasePolicy):
     """The greedy tree: pop the most valuable slot, draw its token, push its two successors.
 
     A slot below node u after siblings of draft mass s is worth (path probability of u)(1 - s): the
@@ -133,7 +141,7 @@ class DySpec:
         return grower.tree(list(range(1, len(grower.nodes))))
 
 
-class DySpecLayered:
+class DySpecLayered(BasePolicy):
     """DySpec's tree in one draft call a level.
 
     Each level draws every slot that may still be among the `budget.nodes` most valuable, then the
@@ -151,7 +159,7 @@ class DySpecLayered:
         return _grow_by_level(law, root, budget, random, floor=0.0)
 
 
-class DySpecThreshold:
+class DySpecThreshold(BasePolicy):
     """Every slot worth at least a threshold, level by level; the most valuable ones if too many.
 
     Source: DySpec (arXiv 2410.11744), algorithm 2, whose printed loop condition is inverted.

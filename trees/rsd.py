@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
+from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
 from specdec.trees.static import grow_template
 from specdec.trees.templates import branching_template, default_branching
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
 
-class RsdC:
+class RsdC(BasePolicy):
     """A fixed number of children at each level, drawn without replacement.
 
     Source: Jeon et al., RSD-C (arXiv 2402.14160), algorithm 3: Gumbel-top-k, here as draws one by
@@ -47,7 +48,7 @@ class RsdC:
         return (yield from grow_template(paths, Draw.WOR, law, root, budget, random))
 
 
-class RsdS:
+class RsdS(BasePolicy):
     """Stochastic beam search: W sequences a level, drawn without replacement as sequences.
 
     Each beam has a perturbed log-probability G; its children's are Gumbel noise conditioned on
@@ -84,11 +85,12 @@ class RsdS:
             laws: dict[int, int] = {}
             survivors = []
             for negative, index, token, log_prob in _largest(streams, width):
-                parent = beams[index][0]
+                parent, above, _ = beams[index]
                 if index not in laws:
                     laws[index] = builder.add_law(rows, index)
                 handle = law.extend(builder.handles[parent], token)
-                node = builder.add(parent, token, handle, Draw.WOR, laws[index])
+                chance = math.exp(log_prob - above)
+                node = builder.add(parent, token, handle, Draw.WOR, laws[index], chance)
                 survivors.append((node, log_prob, -negative))
             beams = survivors
             if not beams:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
+from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
 from specdec.trees.templates import branching_template, default_branching
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
 
-class SampledPlusTop:
+class SampledPlusTop(BasePolicy):
     """At every node the k - 1 most probable tokens, and before them one drawn from all others.
 
     The drawn child follows q restricted to the others; the top tokens are point masses. For one
@@ -49,9 +50,11 @@ class SampledPlusTop:
             rows = yield [builder.handles[node] for node in level]
             below = []
             for index, node in enumerate(level):
-                for token, draw, q_row in _choose(rows, index, count, builder, random):
+                for place, draw, q_row in _choose(rows, index, count, builder, random):
+                    token = place if rows.ids is None else int(rows.ids[index, place])
                     handle = law.extend(builder.handles[node], token)
-                    below.append(builder.add(node, token, handle, draw, q_row))
+                    chance = float(rows.log_probs[index, place].exp())
+                    below.append(builder.add(node, token, handle, draw, q_row, chance))
             level = below
             if not level:
                 break
@@ -61,7 +64,7 @@ class SampledPlusTop:
 def _choose(
     rows: LawRows, index: int, count: int, builder: TreeBuilder, random: RandomSource
 ) -> list[tuple[int, Draw, int]]:
-    """Returns (token, draw, law) of a node's children in the order in which they are tested."""
+    """Returns (place in the row, draw, law) of a node's children, in the order of testing."""
     log_probs = rows.log_probs[index]
     known = int((log_probs > -torch.inf).sum())
     top = torch.topk(log_probs, min(count - 1, known)).indices
@@ -71,9 +74,5 @@ def _choose(
     if known > len(top):
         ids = None if rows.ids is None else rows.ids[index : index + 1]
         q_row = builder.add_law(LawRows(rest.unsqueeze(0), ids), 0)
-        children.append((_token(rows, index, random.categorical(rest.exp())), Draw.IID, q_row))
-    return children + [(_token(rows, index, place), Draw.POINT, -1) for place in top.tolist()]
-
-
-def _token(rows: LawRows, index: int, place: int) -> int:
-    return place if rows.ids is None else int(rows.ids[index, place])
+        children.append((random.categorical(rest.exp()), Draw.IID, q_row))
+    return children + [(place, Draw.POINT, -1) for place in top.tolist()]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
+from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
 from specdec.trees.draws import choose_tokens
 from specdec.trees.static import grow_template
@@ -21,7 +22,7 @@ from specdec.types import Budget, DraftLaw, Draw, GrowPlan, Root
 _DEFAULT_ACCEPTANCE = (0.6, 0.15, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)
 
 
-class Sequoia:
+class Sequoia(BasePolicy):
     """The tree of a measured rank-acceptance vector, filled with draws without replacement.
 
     Source: Chen et al., Sequoia (arXiv 2402.12374). Where we differ: when the draft law has no more
@@ -47,7 +48,7 @@ class Sequoia:
         return (yield from grow_template(paths, Draw.WOR, law, root, budget, random))
 
 
-class Stem:
+class Stem(BasePolicy):
     """A drawn chain that branches late, where the guesses begin to differ.
 
     Source: delayed tree expansion (arXiv 2602.16994); children are drawn without replacement.
@@ -76,7 +77,7 @@ class Stem:
         return (yield from grow_template(paths, Draw.WOR, law, root, budget, random))
 
 
-class Iid:
+class Iid(BasePolicy):
     """k sequences drawn independently, as SpecInfer and SpecTr draft them.
 
     As a tree (`merge=False`) equal tokens stay separate nodes, one a sequence: draws with
@@ -118,14 +119,15 @@ def _grow_trie(
     for depth in range(1, length + 1):
         rows = yield [builder.handles[node] for node in groups]
         following: dict[int, int] = {}
-        chosen = choose_tokens(rows, list(groups.values()), Draw.IID, random, root.position + depth)
+        chosen = choose_tokens(rows, list(groups.values()), Draw.IID, random, root, depth)
         for index, node in enumerate(groups):
             children: dict[int, int] = {}
             q_row = builder.add_law(rows, index) if chosen[index] else -1
-            for token in chosen[index]:
+            for token, chance in chosen[index]:
                 if token not in children:
                     handle = law.extend(builder.handles[node], token)
-                    children[token] = builder.add(node, token, handle, Draw.WOR, q_row)
+                    child = builder.add(node, token, handle, Draw.WOR, q_row, chance)
+                    children[token] = child
                 following[children[token]] = following.get(children[token], 0) + 1
         groups = following
         if not groups:

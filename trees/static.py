@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
+from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
 from specdec.trees.draws import choose_tokens
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, Root
@@ -36,7 +37,7 @@ TOKEN_RECYCLING_80: Template = _paths(
 _RANK_PRIOR = (0.45, 0.12, 0.07, 0.05, 0.035, 0.03, 0.025, 0.02)
 
 
-class Static:
+class Static(BasePolicy):
     """The same tree every step: node (r1, r2, ...) is the r-th choice below node (r1, ...).
 
     A template with more nodes than the budget is cut to its most promising ones; ranks that the
@@ -94,13 +95,14 @@ def grow_template(
             break
         rows = yield [builder.handles[node] for _, node in expanding]
         counts = [width[path] for path, _ in expanding]
-        chosen = choose_tokens(rows, counts, draw, random, root.position + depth)
+        chosen = choose_tokens(rows, counts, draw, random, root, depth)
         level = []
         for index, (path, node) in enumerate(expanding):
             q_row = builder.add_law(rows, index) if drawn and chosen[index] else -1
-            for rank, token in enumerate(chosen[index]):
+            for rank, (token, chance) in enumerate(chosen[index]):
                 handle = law.extend(builder.handles[node], token)
-                level.append(((*path, rank), builder.add(node, token, handle, draw, q_row)))
+                child = builder.add(node, token, handle, draw, q_row, chance)
+                level.append(((*path, rank), child))
     return builder.build()
 
 

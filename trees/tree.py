@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,10 @@ class DraftTree:
         q_row: ``[N]`` int32: the row of `q` that the node was drawn from, -1 for a point mass.
         q: the draft laws, one row for each expanding parent: ``log_probs [R, V]``, or sparse
             ``[R, k]`` beside ``ids``. None when every node is a point mass.
+        chances: ``[N]`` float32: the drafter's probability of each node's token at its parent, NaN
+            where it is not known. Drawings and cost models read it, no acceptance rule does.
+        handles: what the draft law calls each node, so that drafter and policy find what they
+            noted about it; None for a tree that was not grown from a law.
 
     Raises:
         TreeError: if any of this does not hold.
@@ -37,6 +42,8 @@ class DraftTree:
     draws: Tensor
     q_row: Tensor
     q: LawRows | None = None
+    chances: Tensor | None = None
+    handles: tuple[int, ...] | None = None
 
     @classmethod
     def from_lists(
@@ -46,6 +53,8 @@ class DraftTree:
         draws: Sequence[Draw] | None = None,
         q_row: Sequence[int] | None = None,
         q: LawRows | None = None,
+        chances: Sequence[float] | None = None,
+        handles: Sequence[int] | None = None,
     ) -> DraftTree:
         """Returns a tree from plain lists; without `draws` every node is a point mass."""
         return cls(
@@ -54,6 +63,8 @@ class DraftTree:
             draws=torch.tensor(draws or [Draw.POINT] * len(tokens), dtype=torch.int8),
             q_row=torch.tensor(q_row or [-1] * len(tokens), dtype=torch.int32),
             q=q,
+            chances=None if chances is None else torch.tensor(chances, dtype=torch.float32),
+            handles=None if handles is None else tuple(handles),
         )
 
     @classmethod
@@ -64,8 +75,9 @@ class DraftTree:
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or len(self.tokens) == 0:
             raise TreeError(f"tokens must be [N] with N >= 1, got {tuple(self.tokens.shape)}")
-        for name in ("parents", "draws", "q_row"):
-            shape = tuple(getattr(self, name).shape)
+        for name in ("parents", "draws", "q_row", "chances"):
+            column = getattr(self, name)
+            shape = tuple(self.tokens.shape if column is None else column.shape)
             if shape != tuple(self.tokens.shape):
                 raise TreeError(f"{name} must be [{len(self.tokens)}] like tokens, got {shape}")
         if self.parent_list[0] != -1:
@@ -138,6 +150,11 @@ class DraftTree:
     def q_row_list(self) -> list[int]:
         """`q_row` as a list."""
         return self.q_row.tolist()
+
+    @cached_property
+    def chance_list(self) -> list[float]:
+        """`chances` as a list, NaN for every node when there are none."""
+        return [math.nan] * len(self) if self.chances is None else self.chances.tolist()
 
     @cached_property
     def drawn_nodes(self) -> list[int]:

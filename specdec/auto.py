@@ -1,0 +1,88 @@
+"""What "auto" means: the tree policy and the acceptance rule that suit a drafter and a call."""
+
+from __future__ import annotations
+
+import logging
+
+from specdec.build import build_policy, build_verifier, check_draws
+from specdec.loop import Parts
+from specdec.types import Drafter, Draw, TreePolicy, Verifier
+
+logger = logging.getLogger(__name__)
+
+
+class PartsForCalls:
+    """The parts of a generator, "auto" filled in anew for each call.
+
+    Both automatic: best-first trees that look at the noise, with `coupled`; but a drafter whose
+    rows are a language model's probabilities, sampled from without a seed, gets `sampled_plus_top`
+    trees and `traversal`, which accept a little more. One automatic: what fits the other.
+    docs/acceptance.md has the measurements behind this.
+
+    Args:
+        drafter: None for plain decoding.
+        policy: a name, an object or "auto".
+        verifier: a name, an object or "auto".
+        node_budget: draft nodes a tree.
+
+    Raises:
+        ConfigError: for an unknown name, or a policy whose draw law the verifier does not accept.
+    """
+
+    def __init__(
+        self,
+        drafter: Drafter | None,
+        policy: str | TreePolicy,
+        verifier: str | Verifier,
+        node_budget: int,
+    ) -> None:
+        self.drafter = drafter
+        self.node_budget = node_budget
+        self._policy = None if policy == "auto" else build_policy(policy)
+        self._verifier = None if verifier == "auto" else build_verifier(verifier)
+        # policies learn, so the same objects serve every call
+        self._made: dict[tuple[str, str], Parts] = {}
+        if self._policy is not None and self._verifier is not None:
+            check_draws(self._policy, self._verifier)
+
+    def for_call(self, *, greedy: bool, seeded: bool) -> Parts:
+        """Returns the parts for a call that takes the argmax, or that was given a seed."""
+        names = self._names(greedy=greedy, seeded=seeded)
+        if names not in self._made:
+            policy = self._policy or build_policy(names[0])
+            verifier = self._verifier or build_verifier(names[1])
+            check_draws(policy, verifier)
+            self._made[names] = Parts(self.drafter, policy, verifier, self.node_budget)
+            if self.drafter is not None and (self._policy is None or self._verifier is None):
+                logger.info("auto: policy %s, verifier %s", policy.name, verifier.name)
+        return self._made[names]
+
+    def with_drafter(self, drafter: Drafter, policy: TreePolicy, node_budget: int) -> PartsForCalls:
+        """Returns parts with another drafter, the verifier chosen as before."""
+        return PartsForCalls(drafter, policy, self._verifier or "auto", node_budget)
+
+    def _names(self, *, greedy: bool, seeded: bool) -> tuple[str, str]:
+        honest = self.drafter is not None and self.drafter.honest
+        if self._policy is None and self._verifier is None:
+            if honest and not greedy and not seeded:
+                return "sampled_plus_top", "traversal"
+            return "coupled_best_first", "coupled"
+        if self._policy is None:
+            assert self._verifier is not None
+            return _policy_for(self._verifier, honest and not greedy), self._verifier.name
+        if self._verifier is None:
+            drawn = self._policy.draws & {Draw.IID, Draw.WOR}
+            return self._policy.name, "traversal" if drawn and not seeded else "coupled"
+        return self._policy.name, self._verifier.name
+
+
+def _policy_for(verifier: Verifier, drawing_pays: bool) -> str:
+    if Draw.COUPLED in verifier.accepts:
+        return "coupled_best_first"
+    if verifier.name == "block":
+        return "chain"
+    if Draw.POINT not in verifier.accepts:
+        return "iid"
+    if drawing_pays and Draw.IID in verifier.accepts:
+        return "sampled_plus_top"
+    return "best_first"
