@@ -15,8 +15,8 @@ class PartsForCalls:
     """The parts of a generator, "auto" filled in anew for each call.
 
     Both automatic: best-first trees that look at the noise, with `coupled`; but a drafter whose
-    rows are a language model's probabilities, sampled from without a seed, gets `sampled_plus_top`
-    trees and `traversal`, which accept a little more. One automatic: what fits the other.
+    rows are a language model's probabilities, sampled from without a seed, gets `sequoia` trees and
+    `traversal`, which accept more. One automatic: what fits the other.
     docs/acceptance.md has the measurements behind this.
 
     Args:
@@ -65,7 +65,7 @@ class PartsForCalls:
         honest = self.drafter is not None and self.drafter.honest
         if self._policy is None and self._verifier is None:
             if honest and not greedy and not seeded:
-                return "sampled_plus_top", "traversal"
+                return "sequoia", "traversal"
             return "coupled_best_first", "coupled"
         if self._policy is None:
             assert self._verifier is not None
@@ -83,6 +83,6 @@ def _policy_for(verifier: Verifier, drawing_pays: bool) -> str:
         return "chain"
     if Draw.POINT not in verifier.accepts:
         return "iid"
-    if drawing_pays and Draw.IID in verifier.accepts:
-        return "sampled_plus_top"
+    if drawing_pays and Draw.WOR in verifier.accepts:
+        return "sequoia"
     return "best_first"

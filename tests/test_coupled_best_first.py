@@ -1,7 +1,7 @@
-"""`coupled_best_first`: it sees the verifier's noise, so it must change the speed and nothing else.
+"""`coupled_best_first` sees the verifier's noise, so it must change the speed and nothing else.
 
-That it is lossless is tested in tests/test_exactness.py (equality, chi-square) and here by what goes
-wrong without `coupled`; the rest is what its estimate is worth.
+That it is lossless is tested in tests/test_exactness.py (equality, chi-square) and here by what
+goes wrong without `coupled`; the rest is what its estimate is worth.
 """
 
 from __future__ import annotations
@@ -30,17 +30,12 @@ def grow(policy, draft, budget, streams, prefix=PREFIX, greedy=False) -> DraftTr
     return grow_trees([(law, plan)], lambda asked: [one.rows(h) for one, h in asked])[0]
 
 
-def tokens_a_step(policy, target, draft, budget, steps: int, *, learn: bool = False) -> float:
-    """Mean tokens a step of the real loop, with the policy observing if it may learn."""
+def tokens_a_step(policy, target, draft, budget, steps: int) -> float:
+    """Mean tokens a step of the real loop."""
+    loop = ToyLoop(policy, Coupled(), target, draft, budget, learn=True)
     total, prefix = 0, PREFIX
     for step in range(steps):
-        streams = row_streams(step, 0)
-        loop = ToyLoop(policy, Coupled(), target, draft, budget)
-        emitted = loop.step(prefix, streams)
-        if learn:
-            tree = grow(policy, draft, budget, streams, prefix)
-            path = loop.verifier.verify(tree, loop.target_law(target, tree, prefix), streams.verify)
-            policy.observe(StepOutcome(0, tree, path.path, emitted, torch.empty(0)))
+        emitted = loop.step(prefix, row_streams(step, 0))
         total += len(emitted)
         prefix = (prefix + emitted)[-2:]
     return total / steps

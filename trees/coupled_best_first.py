@@ -17,7 +17,9 @@ from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root, StepOutcome
 
 _SHORTLIST = 32  # candidates of a law that get noise; the others cannot win often
-_RATE = 0.05  # of the online fit
+_START = (1.0, 0.7, 0.8, 0.2)  # s, c, r, e as token recycling's come out
+_RATE = 0.1  # of the online fit
+_MEMORY = 0.999  # the fit forgets, as the text and the temperature change
 _LEAST_REST = 1e-4  # a law's mass beyond the candidates is never quite nothing
 
 
@@ -54,8 +56,8 @@ class CoupledBestFirst(BasePolicy):
     def __init__(self, max_branching: int = 16, max_depth: int = 16) -> None:
         self._max_branching = max_branching
         self._max_depth = max_depth
-        self.weights = np.array([1.0, 1.0, 1.0, 0.0])  # s, c, r, e
-        self._squares = np.full(4, 1.0)
+        self.weights = np.array(_START)
+        self._squares = np.ones(4)
         # the candidates of every node expanded for a tree that is still out, by the node's handle
         self._out: WeakKeyDictionary[DraftTree, dict[int, _Candidates]] = WeakKeyDictionary()
 
@@ -101,7 +103,7 @@ class CoupledBestFirst(BasePolicy):
         errors = np.exp(_log_softmax(candidates.features @ self.weights)) - hit
         # a candidate that is padding has chance 0 and features that must not enter a product
         gradient = errors @ np.where(np.isfinite(candidates.features), candidates.features, 0.0)
-        self._squares += gradient**2
+        self._squares = _MEMORY * self._squares + gradient**2
         self.weights -= _RATE * gradient / np.sqrt(self._squares)
         np.maximum(self.weights[:3], 0.0, out=self.weights[:3])
 

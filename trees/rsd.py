@@ -10,7 +10,7 @@ from specdec.errors import ConfigError
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
-from specdec.trees.static import grow_template
+from specdec.trees.static import all_drawn, grow_template
 from specdec.trees.templates import branching_template, default_branching
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
@@ -45,7 +45,8 @@ class RsdC(BasePolicy):
                 f"branching {list(self._branching or ())} makes {len(paths)} nodes, node_budget is "
                 f"{budget.nodes}"
             )
-        return (yield from grow_template(paths, Draw.WOR, law, root, budget, random))
+        choose = all_drawn(Draw.WOR, root, random)
+        return (yield from grow_template(paths, choose, law, root, budget))
 
 
 class RsdS(BasePolicy):

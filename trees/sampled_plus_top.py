@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
+from specdec.trees.static import Guess, grow_template
 from specdec.trees.templates import branching_template, default_branching
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
@@ -39,40 +39,43 @@ class SampledPlusTop(BasePolicy):
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
         branching = self._branching or default_branching(budget.nodes)
-        if len(branching_template(branching)) > budget.nodes:
+        paths = branching_template(branching)
+        if len(paths) > budget.nodes:
             raise ConfigError(
-                f"branching {branching} makes {len(branching_template(branching))} nodes, "
-                f"node_budget is {budget.nodes}"
+                f"branching {branching} makes {len(paths)} nodes, node_budget is {budget.nodes}"
             )
-        builder = TreeBuilder(root.token)
-        level = [0]
-        for count in branching[: budget.depth]:
-            rows = yield [builder.handles[node] for node in level]
-            below = []
-            for index, node in enumerate(level):
-                for place, draw, q_row in _choose(rows, index, count, builder, random):
-                    token = place if rows.ids is None else int(rows.ids[index, place])
-                    handle = law.extend(builder.handles[node], token)
-                    chance = float(rows.log_probs[index, place].exp())
-                    below.append(builder.add(node, token, handle, draw, q_row, chance))
-            level = below
-            if not level:
-                break
-        return builder.build()
+
+        def choose(
+            rows: LawRows, counts: Sequence[int], _depth: int, builder: TreeBuilder
+        ) -> list[list[Guess]]:
+            return [
+                _children(rows, index, count, builder, random) for index, count in enumerate(counts)
+            ]
+
+        return (yield from grow_template(paths, choose, law, root, budget))
 
 
-def _choose(
+def _children(
     rows: LawRows, index: int, count: int, builder: TreeBuilder, random: RandomSource
-) -> list[tuple[int, Draw, int]]:
-    """Returns (place in the row, draw, law) of a node's children, in the order of testing."""
+) -> list[Guess]:
+    """Returns a node's children in the order of testing: the drawn one, then the top."""
     log_probs = rows.log_probs[index]
     known = int((log_probs > -torch.inf).sum())
     top = torch.topk(log_probs, min(count - 1, known)).indices
-    children: list[tuple[int, Draw, int]] = []
-    rest: Tensor = log_probs.clone()
-    rest[top] = -torch.inf
+    places: list[tuple[int, Draw, int]] = []
     if known > len(top):
+        rest = log_probs.clone()
+        rest[top] = -torch.inf
         ids = None if rows.ids is None else rows.ids[index : index + 1]
         q_row = builder.add_law(LawRows(rest.unsqueeze(0), ids), 0)
-        children.append((random.categorical(rest.exp()), Draw.IID, q_row))
-    return children + [(place, Draw.POINT, -1) for place in top.tolist()]
+        places.append((random.categorical(rest.exp()), Draw.IID, q_row))
+    places += [(place, Draw.POINT, -1) for place in top.tolist()]
+    return [
+        Guess(
+            place if rows.ids is None else int(rows.ids[index, place]),
+            draw,
+            q_row,
+            float(log_probs[place].exp()),
+        )
+        for place, draw, q_row in places
+    ]

@@ -9,17 +9,18 @@ from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
 from specdec.trees.draws import choose_tokens
-from specdec.trees.static import grow_template
+from specdec.trees.ranks import RankAcceptance
+from specdec.trees.static import all_drawn, grow_template
 from specdec.trees.templates import (
     chains_template,
     check_acceptance,
     sequoia_template,
     stem_template,
 )
-from specdec.types import Budget, DraftLaw, Draw, GrowPlan, Root
+from specdec.types import Budget, DraftLaw, Draw, GrowPlan, Root, StepOutcome
 
-# a law that falls by the rank as most drafters' do; measure your own for the best tree
-_DEFAULT_ACCEPTANCE = (0.6, 0.15, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)
+# how acceptance falls by the rank for most drafters: where the measured vector starts
+TYPICAL_ACCEPTANCE = (0.6, 0.15, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)
 
 
 class Sequoia(BasePolicy):
@@ -29,7 +30,8 @@ class Sequoia(BasePolicy):
     tokens, a node has fewer children, instead of uniform draws among the unseen.
 
     Args:
-        acceptance: chance that the r-th child is accepted, falling with r; None for a typical one.
+        acceptance: chance that the r-th child is accepted, falling with r; None to measure it as
+            the text goes on.
 
     Raises:
         ConfigError: if the vector is empty, rises, or leaves [0, 1].
@@ -39,13 +41,21 @@ class Sequoia(BasePolicy):
     draws = frozenset({Draw.WOR})
 
     def __init__(self, acceptance: Sequence[float] | None = None) -> None:
-        self._acceptance = _DEFAULT_ACCEPTANCE if acceptance is None else tuple(acceptance)
-        check_acceptance(self._acceptance)
+        if acceptance is not None:
+            check_acceptance(acceptance)
+        self._given = acceptance
+        self._measured = RankAcceptance(TYPICAL_ACCEPTANCE)
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
-        paths = sequoia_template(self._acceptance, budget.nodes, budget.depth)
-        return (yield from grow_template(paths, Draw.WOR, law, root, budget, random))
+        acceptance = self._measured.vector() if self._given is None else self._given
+        paths = sequoia_template(acceptance, budget.nodes, budget.depth)
+        choose = all_drawn(Draw.WOR, root, random)
+        return (yield from grow_template(paths, choose, law, root, budget))
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Counts which ranks were accepted."""
+        self._measured.observe(outcome)
 
 
 class Stem(BasePolicy):
@@ -74,7 +84,8 @@ class Stem(BasePolicy):
         stem = min(budget.nodes // 4 if self._stem is None else self._stem, budget.nodes)
         length = (budget.nodes - stem) // self._num_branches
         paths = stem_template(stem, self._num_branches, length)
-        return (yield from grow_template(paths, Draw.WOR, law, root, budget, random))
+        choose = all_drawn(Draw.WOR, root, random)
+        return (yield from grow_template(paths, choose, law, root, budget))
 
 
 class Iid(BasePolicy):
@@ -108,7 +119,8 @@ class Iid(BasePolicy):
         if self._merge:
             return (yield from _grow_trie(law, root, sequences, length, random))
         paths = chains_template(sequences, length)
-        return (yield from grow_template(paths, Draw.IID, law, root, budget, random))
+        choose = all_drawn(Draw.IID, root, random)
+        return (yield from grow_template(paths, choose, law, root, budget))
 
 
 def _grow_trie(

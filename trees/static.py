@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
 from specdec.trees.draws import choose_tokens
-from specdec.types import Budget, DraftLaw, Draw, GrowPlan, Root
+from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
 Template = Sequence[Sequence[int]]
 
@@ -68,16 +69,43 @@ class Static(BasePolicy):
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
         paths = self._paths[: budget.nodes]
-        return (yield from grow_template(paths, self._draw, law, root, budget, random))
+        choose = all_drawn(self._draw, root, random)
+        return (yield from grow_template(paths, choose, law, root, budget))
+
+
+class Guess(NamedTuple):
+    """A child to be: its token, how it was drawn, the law it was drawn from, its probability."""
+
+    token: int
+    draw: Draw
+    q_row: int
+    chance: float
+
+
+# gives up to counts[i] children below the i-th node of a level, in the order of testing, from the
+# nodes' laws, which it adds to the builder where tokens are drawn from them
+Choose = Callable[[LawRows, Sequence[int], int, TreeBuilder], list[list[Guess]]]
+
+
+def all_drawn(draw: Draw, root: Root, random: RandomSource) -> Choose:
+    """Returns the way of choosing in which every child comes to be by `draw`."""
+
+    def choose(
+        rows: LawRows, counts: Sequence[int], depth: int, builder: TreeBuilder
+    ) -> list[list[Guess]]:
+        chosen = choose_tokens(rows, counts, draw, random, root, depth)
+        guesses = []
+        for index, children in enumerate(chosen):
+            drawn = bool(children) and draw in (Draw.IID, Draw.WOR)
+            q_row = builder.add_law(rows, index) if drawn else -1
+            guesses.append([Guess(token, draw, q_row, chance) for token, chance in children])
+        return guesses
+
+    return choose
 
 
 def grow_template(
-    paths: Iterable[tuple[int, ...]],
-    draw: Draw,
-    law: DraftLaw,
-    root: Root,
-    budget: Budget,
-    random: RandomSource,
+    paths: Iterable[tuple[int, ...]], choose: Choose, law: DraftLaw, root: Root, budget: Budget
 ) -> GrowPlan:
     """Grows the tree of rank paths, level by level, no deeper than the budget allows.
 
@@ -87,21 +115,20 @@ def grow_template(
     for path in paths:
         width[path[:-1]] = width.get(path[:-1], 0) + 1
     builder = TreeBuilder(root.token)
-    drawn = draw in (Draw.IID, Draw.WOR)
     level: list[tuple[tuple[int, ...], int]] = [((), 0)]
     for depth in range(1, budget.depth + 1):
         expanding = [(path, node) for path, node in level if path in width]
         if not expanding:
             break
         rows = yield [builder.handles[node] for _, node in expanding]
-        counts = [width[path] for path, _ in expanding]
-        chosen = choose_tokens(rows, counts, draw, random, root, depth)
+        chosen = choose(rows, [width[path] for path, _ in expanding], depth, builder)
         level = []
-        for index, (path, node) in enumerate(expanding):
-            q_row = builder.add_law(rows, index) if drawn and chosen[index] else -1
-            for rank, (token, chance) in enumerate(chosen[index]):
-                handle = law.extend(builder.handles[node], token)
-                child = builder.add(node, token, handle, draw, q_row, chance)
+        for (path, node), guesses in zip(expanding, chosen, strict=True):
+            for rank, guess in enumerate(guesses):
+                handle = law.extend(builder.handles[node], guess.token)
+                child = builder.add(
+                    node, guess.token, handle, guess.draw, guess.q_row, guess.chance
+                )
                 level.append(((*path, rank), child))
     return builder.build()
 

@@ -19,7 +19,16 @@ from specdec.random import RowStreams
 from specdec.testing.enumerate import Tape, enumerate_law, independent_streams
 from specdec.trees.grow import grow_trees
 from specdec.trees.tree import DraftTree
-from specdec.types import Budget, DraftLaw, LawRows, Root, TargetLaw, TreePolicy, Verifier
+from specdec.types import (
+    Budget,
+    DraftLaw,
+    LawRows,
+    Root,
+    StepOutcome,
+    TargetLaw,
+    TreePolicy,
+    Verifier,
+)
 
 Tokens = tuple[int, ...]
 Processor = Callable[[Sequence[int], Tensor], Tensor]
@@ -258,6 +267,8 @@ class ToyLoop:
         draft: guesses.
         budget: of every step.
         target_law: makes the target's law over a tree; a test may put a mutant here.
+        learn: whether the policy observes what became of its trees, as in the real loop; what is
+            enumerated must not change between two runs, so there it does not.
     """
 
     policy: TreePolicy
@@ -266,11 +277,12 @@ class ToyLoop:
     draft: ToyDraft
     budget: Budget
     target_law: Callable[[ToyTarget, DraftTree, Tokens], TargetLaw] = ToyTargetLaw
+    learn: bool = False
 
     def grow(self, prefix: Tokens, streams: RowStreams) -> DraftTree:
         """Returns the tree of one step."""
         law = self.draft.law(prefix)
-        root = Root(prefix[-1], len(prefix) - 1)
+        root = Root(prefix[-1], len(prefix) - 1, self.target.greedy)
         plan = self.policy.grow(law, root, self.budget, streams.draft)
         return grow_trees([(law, plan)], expand)[0]
 
@@ -287,7 +299,10 @@ class ToyLoop:
             raise ConfigError(f"verifier {self.verifier.name} does not accept {names} draws")
         target = self.target_law(self.target, tree, prefix)
         verdict = self.verifier.verify(tree, target, streams.verify)
-        return (*(tree.token_list[node] for node in verdict.path), verdict.next_token)
+        emitted = (*(tree.token_list[node] for node in verdict.path), verdict.next_token)
+        if self.learn:
+            self.policy.observe(StepOutcome(0, tree, verdict.path, emitted, torch.empty(0)))
+        return emitted
 
     def text(self, prefix: Tokens, streams: RowStreams, length: int) -> Tokens:
         """Returns the first `length` tokens after `prefix`, all steps with the same streams."""
