@@ -127,7 +127,7 @@ def _build(kind: str, spec: Any, known: dict[str, Callable[[], Any]], protocol: 
         if isinstance(spec, protocol):
             return spec
         raise ConfigError(
-            f"{kind} must be a name or an object with the methods of specdec.types."
+            f"{kind} must be a name or an object with the members of specdec.types."
             f"{protocol.__name__}, got {type(spec).__name__}"
         )
     name = _AUTO_DRAFTER if (kind, spec) == ("drafter", "auto") else spec

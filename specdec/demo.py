@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec.demo_model import ensure_demo_model
 from specdec.generator import SpeculativeGenerator
-from specdec.loop import Step
 from specdec.prompts import Prompt, encode
+from specdec.row_text import Step
 from specdec.trees.draw import draw_tree
 
 PASSAGE = (

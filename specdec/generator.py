@@ -20,9 +20,10 @@ from specdec.backend.probe import probe
 from specdec.build import build_drafter
 from specdec.call import Call, past_length, prepare, take_over
 from specdec.errors import BusyError, ConfigError
-from specdec.loop import DecodeLoop, Parts, Step
+from specdec.loop import DecodeLoop, Parts
 from specdec.output import collect
 from specdec.random import draw_seed, row_streams
+from specdec.row_text import Step
 from specdec.rows import RowInput, split_rows
 from specdec.stats import DecodeStats
 from specdec.target import TargetModel

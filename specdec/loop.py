@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,9 +19,10 @@ from specdec.call import Call
 from specdec.errors import ConfigError
 from specdec.random import RowStreams
 from specdec.row_copies import row_copies
+from specdec.row_text import Row, RowEnded, Step
 from specdec.rows import RowInput
 from specdec.sampling import Prefix, ProcessedLaw
-from specdec.stats import DecodeStats, RowStats
+from specdec.stats import DecodeStats
 from specdec.stopping import RowStopper
 from specdec.target import TargetModel
 from specdec.trees.grow import grow_trees
@@ -32,11 +34,8 @@ from specdec.types import (
     Root,
     StepOutcome,
     TreePolicy,
-    Verdict,
     Verifier,
 )
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,46 +46,6 @@ class Parts:
     policy: TreePolicy
     verifier: Verifier
     node_budget: int
-
-
-@dataclass(slots=True)
-class Step:
-    """What one step did to one row; for streaming, traces and drawings.
-
-    Attributes:
-        row: the row's number in the call.
-        tokens: what became text.
-        tree: the scored tree.
-        path: accepted nodes that became text, root not included.
-    """
-
-    row: int
-    tokens: list[int]
-    tree: DraftTree
-    path: list[int]
-
-
-@dataclass(slots=True)
-class _Row:
-    """A row's state. `tokens` starts at `offset`: an earlier turn's ids may be unknown."""
-
-    index: int
-    offset: int
-    tokens: list[int]
-    num_new: int
-    prefix: Prefix
-    processors: LogitsProcessorList
-    stopper: RowStopper
-    streams: RowStreams
-    stats: RowStats
-    scores: list[Tensor] = field(default_factory=list)
-    raw_logits: list[Tensor] = field(default_factory=list)
-    generated: list[int] = field(default_factory=list)
-    done: bool = False
-
-    @property
-    def root_position(self) -> int:
-        return self.offset + len(self.tokens) - 1
 
 
 class DecodeLoop:
@@ -126,8 +85,9 @@ class DecodeLoop:
         self._vocab_size = vocab_size
         device = call.input_ids.device
         count = len(inputs)
+        details = bool(call.config.return_dict_in_generate)
         self.rows = [
-            _Row(
+            Row(
                 index=index,
                 offset=item.offset - len(item.visible_past),
                 tokens=item.visible_past + item.tokens,
@@ -141,6 +101,9 @@ class DecodeLoop:
                 ),
                 streams=row_streams,
                 stats=stats.rows[index],
+                positions=positions,
+                keeps_scores=details and bool(call.config.output_scores),
+                keeps_logits=details and bool(call.config.output_logits),
             )
             for index, (item, row_streams) in enumerate(zip(inputs, streams, strict=True))
         ]
@@ -153,17 +116,20 @@ class DecodeLoop:
         return self._target.cache
 
     @property
-    def _active(self) -> list[_Row]:
+    def _active(self) -> list[Row]:
         return self.places[: len(self._target.lengths)]
 
     @torch.no_grad()
     def steps(self) -> Iterator[list[Step]]:
-        """Yields, for every step, what became of each row that was active in it."""
+        """Yields, for every step, what became of each row that was active in it.
+
+        Before an error, the tokens that were text when it was raised.
+        """
         drafter = self._parts.drafter
         try:
-            yield self._prefill()
+            yield from self._delivered(self._prefill)
             while self._target.lengths:
-                yield self._step()
+                yield from self._delivered(self._step)
         finally:
             if drafter is not None:
                 for row in self._active:
@@ -188,9 +154,19 @@ class DecodeLoop:
                 [row.tokens[-1] if b else None for row, b in zip(self.places, behind, strict=True)],
             )
 
-    def _prefill(self) -> list[Step]:
+    @staticmethod
+    def _delivered(run: Callable[[list[Step]], None]) -> Iterator[list[Step]]:
+        steps: list[Step] = []
+        try:
+            run(steps)
+        finally:
+            yield steps  # also before an error, which then takes its way
+
+    def _prefill(self, steps: list[Step]) -> None:
         drafter = self._parts.drafter
         rows = list(self._active)
+        for row in rows:
+            row.stats.num_prompt_tokens = row.offset + len(row.tokens)
         with self._stats.timed("prefill"):
             logits, prompt_rows = self._target.prefill(
                 [row.tokens[-row.num_new :] for row in rows],
@@ -199,30 +175,27 @@ class DecodeLoop:
             if drafter is not None:
                 for row, guesses in zip(rows, prompt_rows, strict=True):
                     drafter.start(row.index, tuple(row.tokens), guesses)
-        steps = []
         for row, row_logits in zip(rows, logits, strict=True):
-            row.stats.num_prompt_tokens = row.offset + len(row.tokens)
             tree = DraftTree.root_only(row.tokens[-1])
-            steps.append(self._verify(row, tree, row_logits.unsqueeze(0)))
+            self._verify(row, tree, row_logits.unsqueeze(0), steps)
         self._retire()
-        return steps
 
-    def _step(self) -> list[Step]:
+    def _step(self, steps: list[Step]) -> None:
         active = list(self._active)
         with self._stats.timed("draft"):
             trees = self._draft(active)
         with self._stats.timed("target"):
             logits = self._target.score(trees)
             self._stats.target_passes += 1
-        steps = [
-            self._verify(row, tree, row_logits)
-            for row, tree, row_logits in zip(active, trees, logits, strict=True)
-        ]
+        try:
+            for row, tree, row_logits in zip(active, trees, logits, strict=True):
+                self._verify(row, tree, row_logits, steps)
+        finally:
+            for step in steps:
+                self.rows[step.row].stats.record(step.tree, step.path, len(step.tokens))
         with self._stats.timed("commit"):
             # the last token kept is the next root, or the end: either way it is not in the cache
             self._target.commit([step.path[: len(step.tokens) - 1] for step in steps])
-        for row, step in zip(active, steps, strict=True):
-            row.stats.record(step.tree, step.path, len(step.tokens))
         if self._parts.drafter is not None:
             with self._stats.timed("observe"):
                 for step, row_logits in zip(steps, logits, strict=True):
@@ -230,9 +203,8 @@ class DecodeLoop:
                     self._parts.drafter.observe(outcome)
                     self._parts.policy.observe(outcome)
         self._retire()
-        return steps
 
-    def _draft(self, active: list[_Row]) -> list[DraftTree]:
+    def _draft(self, active: list[Row]) -> list[DraftTree]:
         parts = self._parts
         budgets = [self._budget(row) for row in active]
         trees = [DraftTree.root_only(row.tokens[-1]) for row in active]
@@ -261,7 +233,7 @@ class DecodeLoop:
             trees[i] = tree
         return trees
 
-    def _budget(self, row: _Row) -> Budget:
+    def _budget(self, row: Row) -> Budget:
         """Returns the row's budget: no deeper than the text may still become."""
         depth = self._parts.node_budget
         remaining = row.stopper.remaining(row.prefix.length)
@@ -271,8 +243,10 @@ class DecodeLoop:
             depth = min(depth, self._positions.num_positions - 1 - row.root_position)
         return Budget(self._parts.node_budget, max(depth, 0))
 
-    def _verify(self, row: _Row, tree: DraftTree, logits: Tensor) -> Step:
-        """Lets the verifier decide, and keeps what the row's criteria let through."""
+    def _verify(self, row: Row, tree: DraftTree, logits: Tensor, steps: list[Step]) -> None:
+        """Lets the verifier decide; adds to `steps` what became text, also when it raises."""
+        verifier = self._parts.verifier
+        step = Step(row.index, [], tree, [])
         law = ProcessedLaw(
             tree,
             logits,
@@ -281,45 +255,20 @@ class DecodeLoop:
             greedy=self._call.greedy,
             root_position=row.root_position,
             ends=row.stopper.eos_token_ids,
+            reach=partial(row.reach, step) if verifier.walks_down else None,
         )
-        with self._stats.timed("verify"):
-            verdict = self._parts.verifier.verify(tree, law, row.streams.verify)
-            kept = self._keep(row, tree, verdict, law)
-        self._stats.seconds["verify"] -= law.processor_seconds
-        self._stats.seconds["processors"] += law.processor_seconds
-        return Step(row.index, kept, tree, verdict.path[: len(kept)])
-
-    def _keep(self, row: _Row, tree: DraftTree, verdict: Verdict, law: ProcessedLaw) -> list[int]:
-        emitted = [tree.token_list[node] for node in verdict.path] + [verdict.next_token]
-        nodes = [0, *verdict.path]
-        config = self._call.config
-        wants_scores = config.return_dict_in_generate and config.output_scores
-
-        def scores_so_far(count: int) -> tuple[Tensor, ...] | None:
-            if not wants_scores:
-                return None
-            return tuple(s.unsqueeze(0) for s in [*row.scores, *map(law.scores, nodes[:count])])
-
-        kept, row.done = row.stopper.keep(row.prefix, emitted, scores_so_far)
-        if wants_scores:
-            row.scores += [law.scores(node) for node in nodes[: len(kept)]]
-        if config.return_dict_in_generate and config.output_logits:
-            row.raw_logits += [law.raw(node) for node in nodes[: len(kept)]]
-        row.tokens += kept
-        row.generated += kept
-        row.stats.num_generated += len(kept)
-        if row.done:
-            row.stats.finish_reason = row.stopper.reason(kept[-1], row.prefix.length)
-        elif self._positions is not None and row.root_position >= self._positions.num_positions:
-            row.done = True
-            row.stats.finish_reason = "positions"
-            logger.warning(
-                "row %d stopped after %d new tokens: the model's %d %s positions end here",
-                row.index,
-                len(row.generated),
-                *self._positions,
-            )
-        return kept
+        try:
+            with self._stats.timed("verify"), suppress(RowEnded):
+                path, next_token = verifier.verify(tree, law, row.streams.verify)
+                emitted = [*(tree.token_list[node] for node in path), next_token]
+                row.commit(step, law, path, emitted)
+        finally:
+            if step.tokens:
+                # the verifier's path may go on behind the end of the text
+                step.path = step.path[: len(step.tokens)]
+                steps.append(step)
+            self._stats.seconds["verify"] -= law.processor_seconds
+            self._stats.seconds["processors"] += law.processor_seconds
 
     def _retire(self) -> None:
         """Takes finished rows out of the batch."""

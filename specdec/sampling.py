@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +32,7 @@ class Prefix:
         self.length = 0
         self.extend(ids)
 
-    def extend(self, tokens: list[int]) -> None:
+    def extend(self, tokens: Sequence[int]) -> None:
         """Commits tokens."""
         self._write(tokens)
         self.length += len(tokens)
@@ -45,12 +46,12 @@ class Prefix:
         """Returns ``[1, length]`` int64, the committed ids; a view."""
         return self._buffer[:, : self.length]
 
-    def followed_by(self, tokens: list[int]) -> Tensor:
+    def followed_by(self, tokens: Sequence[int]) -> Tensor:
         """Returns ``[1, length + len(tokens)]``, the ids with a draft path behind them; a view."""
         self._write(tokens)
         return self._buffer[:, : self.length + len(tokens)]
 
-    def _write(self, tokens: list[int]) -> None:
+    def _write(self, tokens: Sequence[int]) -> None:
         end = self.length + len(tokens)
         if end > self._buffer.shape[1]:
             grown = torch.empty((1, 2 * end), dtype=torch.int64, device=self._buffer.device)
@@ -71,7 +72,9 @@ class ProcessedLaw:
         greedy: whether the law is the point mass at the argmax.
         root_position: absolute position of the root, padding left out.
         ends: tokens that end the text. No processor is called behind one (a grammar, say, has
-            nothing to answer there); what is emitted there is cut off anyway.
+            nothing to answer there), not even for rules that look at nodes which are no text yet.
+        reach: called with this law and a node before anything is computed there; for rules that
+            walk down, since to ask about a node is to accept its path. May end the walk by raising.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class ProcessedLaw:
         greedy: bool,
         root_position: int,
         ends: frozenset[int] = frozenset(),
+        reach: Callable[[ProcessedLaw, int], None] | None = None,
     ) -> None:
         self.greedy = greedy
         self._tree = tree
@@ -91,8 +95,11 @@ class ProcessedLaw:
         self._prefix = prefix
         self._processors = processors
         self._root_position = root_position
+        self._root_length = prefix.length
         self._ends = ends
-        self._scores: dict[int, Tensor] = {}
+        self._reach = reach
+        # by the path's tokens: independent draws may repeat, and one prefix has one row
+        self._scores: dict[tuple[int, ...], Tensor] = {}
         self.processor_seconds = 0.0
 
     def position(self, node: int) -> int:
@@ -100,22 +107,24 @@ class ProcessedLaw:
         return self._root_position + self._tree.depth_list[node] + 1
 
     def scores(self, node: int) -> Tensor:
-        """Returns ``[V]`` float32 processed logits; computed once a node.
+        """Returns ``[V]`` float32 processed logits; computed once a prefix.
 
         Raises:
             LogitsError: if no token is left to choose.
         """
-        if node not in self._scores:
+        path = tuple(self._tree.path_tokens(node))
+        if path not in self._scores:
+            if self._reach is not None:
+                self._reach(self, node)
             # a copy: processors may write in place, and the raw logits are still wanted
             scores = self.raw(node).unsqueeze(0)
-            path = self._tree.path_tokens(node)
             if self._processors and self._ends.isdisjoint(path):
-                ids = self._prefix.followed_by(path)
+                ids = self._ids(path)
                 begin = time.perf_counter()
                 scores = self._processors(ids, scores)  # type: ignore[arg-type]
                 self.processor_seconds += time.perf_counter() - begin
-            self._scores[node] = self._checked(scores.squeeze(0), node)
-        return self._scores[node]
+            self._scores[path] = self._checked(scores.squeeze(0), node)
+        return self._scores[path]
 
     def row(self, node: int) -> Tensor:
         """Returns ``[V]`` float32 probabilities."""
@@ -127,7 +136,9 @@ class ProcessedLaw:
 
     def argmax(self, node: int) -> int:
         """Returns the most probable token, the lowest id among equals."""
-        if not self._processors and node not in self._scores:
+        if not self._processors:
+            if self._reach is not None:
+                self._reach(self, node)
             # sync: one number leaves the device for each node on the accepted path
             return int(torch.argmax(self._checked(self._logits[node], node)))
         return int(torch.argmax(self.scores(node)))
@@ -135,6 +146,12 @@ class ProcessedLaw:
     def raw(self, node: int) -> Tensor:
         """Returns ``[V]`` float32 raw logits, as `output_logits` reports them."""
         return self._logits[node].to(self._prefix.device, torch.float32, copy=True)
+
+    def _ids(self, path: Sequence[int]) -> Tensor:
+        """Returns ``[1, T]`` ids up to a node, however much of its path is committed by now."""
+        committed = self._prefix.length - self._root_length
+        ids = self._prefix.followed_by(path[committed:])
+        return ids[:, : self._root_length + len(path)]
 
     def _checked(self, scores: Tensor, node: int) -> Tensor:
         largest = float(scores.max())  # NaN anywhere gives NaN

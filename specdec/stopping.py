@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -48,29 +48,17 @@ class RowStopper:
             return "eos"
         return "length" if length == self.max_length else "criterion"
 
-    def keep(
-        self,
-        prefix: Prefix,
-        tokens: list[int],
-        scores: Callable[[int], tuple[Tensor, ...] | None],
-    ) -> tuple[list[int], bool]:
-        """Commits tokens to `prefix` one by one until a criterion says stop.
+    def stops(self, prefix: Prefix, last_token: int, scores: Sequence[Tensor] | None) -> bool:
+        """Returns whether the row ends here; to be asked once for each of its tokens.
 
         Args:
-            prefix: the row's ids; the kept tokens are added to it.
-            tokens: what the verifier emitted in this step.
-            scores: called with the number of tokens kept so far in this step, gives what the
-                criteria receive as their second argument.
-
-        Returns:
-            The tokens kept, and whether the row has ended.
+            prefix: the row's ids, the token in question included.
+            last_token: that token.
+            scores: ``[V]`` each, those of every new token so far; None where they are not kept.
         """
-        for count, token in enumerate(tokens, start=1):
-            prefix.extend([token])
-            stop = token in self.eos_token_ids or prefix.length == self.max_length
-            if self._others:
-                done: Tensor = self._others(prefix.ids(), scores(count))
-                stop = stop or bool(torch.as_tensor(done).any())
-            if stop:
-                return tokens[:count], True
-        return tokens, False
+        stop = last_token in self.eos_token_ids or prefix.length == self.max_length
+        if self._others:
+            given = None if scores is None else tuple(row.unsqueeze(0) for row in scores)
+            done: Tensor = self._others(prefix.ids(), given)
+            stop = stop or bool(torch.as_tensor(done).any())
+        return stop

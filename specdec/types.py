@@ -177,7 +177,8 @@ class TargetLaw(Protocol):
     """The target's next-token law at the nodes of one tree, the user's processors applied.
 
     A row is computed when it is asked for, on that node's own prefix. Rules that walk down ask
-    along the path they accept, so a processor that keeps state never sees a rejected branch.
+    along the path they accept, so a processor that keeps state never sees a rejected branch or a
+    token behind the end of the text.
     """
 
     greedy: bool
@@ -270,10 +271,19 @@ class TreePolicy(Protocol):
 
 @runtime_checkable
 class Verifier(Protocol):
-    """Accepts a path and emits one more token; the text follows the target's law exactly."""
+    """Accepts a path and emits one more token; the text follows the target's law exactly.
+
+    Attributes:
+        name: what messages and statistics call it.
+        accepts: the draw laws it is exact for.
+        walks_down: whether it asks the target about a node only when it has accepted the path to
+            it for good. That path is then committed before the answer, so that no processor runs
+            behind a stop, and the walk is cut off by an exception where the text ends.
+    """
 
     name: str
     accepts: frozenset[Draw]
+    walks_down: bool
 
     def verify(self, tree: DraftTree, target: TargetLaw, random: RandomSource) -> Verdict:
         """Returns the accepted path and the token after it."""

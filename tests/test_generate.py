@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdec import SpeculativeGenerator
 from specdec.errors import ConfigError
-from specdec.loop import Step
+from specdec.row_text import Step
 
 PROMPT = tiny.prompt(17, seed=1)
 ROWS = [PROMPT, tiny.prompt(6, seed=2), tiny.prompt(11, seed=3)]
@@ -456,19 +456,21 @@ class Watcher(StoppingCriteria):
         return torch.full((len(input_ids),), input_ids.shape[1] >= self._end)
 
 
+@pytest.mark.parametrize("verifier", ["match", "coupled", "rejection", "traversal", "block"])
 def test_a_criterion_is_asked_once_for_each_token_with_the_text_so_far(
-    model: Any, free: list[list[int]]
+    model: Any, free: list[list[int]], verifier: str
 ) -> None:
     theirs, ours = Watcher(23, len(PROMPT)), Watcher(23, len(PROMPT))
     arguments = {"max_new_tokens": NEW, "do_sample": False}
     expected = model.generate(tiny.ids(PROMPT), stopping_criteria=[theirs], **arguments)
-    generator = well_informed(model, free)
+    policy = "chain" if verifier == "block" else "best_first"
+    generator = well_informed(model, free, policy=policy, verifier=verifier)
     output = generator.generate(tiny.ids(PROMPT), stopping_criteria=[ours], **arguments)
     assert output.tolist() == expected.tolist()
     assert ours.seen == theirs.seen
     assert ours.seen == [PROMPT + free[0][: n + 1] for n in range(23)]
     assert generator.stats.rows[0].finish_reason == "criterion"
-    assert generator.stats.num_accepted > 10
+    assert generator.stats.num_accepted > (5 if policy == "chain" else 10)
 
 
 def test_a_criterion_is_given_the_scores_so_far(model: Any, free: list[list[int]]) -> None:
@@ -647,10 +649,22 @@ def test_a_processor_with_a_memory_sees_every_prefix_once_and_in_order(model: An
     assert ours.seen == theirs.seen
 
 
-@pytest.mark.parametrize("verifier", ["match", "rejection", "coupled"])
-def test_no_verifier_shows_a_processor_a_rejected_branch(model: Any, verifier: str) -> None:
+# rules that walk down, each with a policy whose draws it accepts
+WALKS = [
+    ("best_first", "match"),
+    ("best_first", "rejection"),
+    ("best_first", "coupled"),
+    ("iid", "spectr"),
+]
+
+
+@pytest.mark.parametrize("details", [False, True], ids=["ids", "details"])
+@pytest.mark.parametrize(("policy", "verifier"), WALKS)
+def test_no_verifier_shows_a_processor_a_rejected_branch(
+    model: Any, policy: str, verifier: str, details: bool
+) -> None:
     ours = Recorder()
-    generator = SpeculativeGenerator(model, verifier=verifier, node_budget=10)
+    generator = SpeculativeGenerator(model, policy=policy, verifier=verifier, node_budget=10)
     output = generator.generate(
         tiny.ids(PROMPT),
         logits_processor=[ours],
@@ -658,8 +672,9 @@ def test_no_verifier_shows_a_processor_a_rejected_branch(model: Any, verifier: s
         temperature=0.4,
         max_new_tokens=NEW,
         seed=3,
+        **(DETAILS if details else {}),
     )
-    text = output[0].tolist()
+    text = (output.sequences if details else output)[0].tolist()
     assert generator.stats.num_accepted > 0
     assert ours.seen == [text[:n] for n in range(len(PROMPT), len(text))]
 
@@ -678,18 +693,10 @@ def test_a_processor_keeps_the_prefixes_it_was_given(model: Any) -> None:
     assert all(ids.tolist() == then for ids, then in stored)
 
 
-LATE = pytest.mark.xfail(
-    reason="criteria are asked when the verifier is done, and it has asked the processors at every "
-    "node of the accepted path by then, those behind the stop too"
-)
-
-
-@pytest.mark.parametrize(
-    "stop",
-    ["eos", pytest.param("stop string", marks=LATE), pytest.param("criterion", marks=LATE)],
-)
+@pytest.mark.parametrize("stop", ["eos", "stop string", "criterion"])
+@pytest.mark.parametrize(("policy", "verifier"), WALKS)
 def test_a_processor_is_not_called_behind_the_end(
-    model: Any, free: list[list[int]], tokenizer: Any, stop: str
+    model: Any, free: list[list[int]], tokenizer: Any, policy: str, verifier: str, stop: str
 ) -> None:
     """A grammar, say, has nothing to answer there: it may well raise."""
     place = new_in_text(free[0], 12)
@@ -705,7 +712,14 @@ def test_a_processor_is_not_called_behind_the_end(
         longest.append(input_ids.shape[1])
         return scores
 
-    generator = SpeculativeGenerator(model, tokenizer, drafter=tiny.Oracle(free), node_budget=16)
+    generator = SpeculativeGenerator(
+        model,
+        tokenizer,
+        drafter=tiny.Oracle(free),
+        policy=policy,
+        verifier=verifier,
+        node_budget=16,
+    )
     output = generator.generate(
         tiny.ids(PROMPT),
         logits_processor=[strict],
@@ -714,7 +728,63 @@ def test_a_processor_is_not_called_behind_the_end(
         **arguments,
     )
     assert output.shape[1] == end
-    assert max(longest) == end - 1
+    assert longest == list(range(len(PROMPT), end))
+
+
+@pytest.mark.parametrize("stop", ["eos", "stop string"])
+def test_logits_behind_the_end_are_not_looked_at(
+    model: Any, free: list[list[int]], tokenizer: Any, stop: str
+) -> None:
+    """Not even without processors: they may be NaN where a text has nothing more to say."""
+    place = new_in_text(free[0], 12)
+    end = len(PROMPT) + place + 1
+    arguments: dict[str, Any] = {
+        "eos": {"eos_token_id": free[0][place], "pad_token_id": 0},
+        "stop string": {"stop_strings": pieces(tokenizer, free[0], place, place + 1)},
+    }[stop]
+
+    def spoil(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        kept = kwargs["position_ids"][:, -output.logits.shape[1] :]
+        output.logits[kept >= end - 1] = torch.nan
+
+    generator = SpeculativeGenerator(model, tokenizer, drafter=tiny.Oracle(free), node_budget=16)
+    handle = model.register_forward_hook(spoil, with_kwargs=True)
+    try:
+        output = generator.generate(
+            tiny.ids(PROMPT), do_sample=False, max_new_tokens=NEW, **arguments
+        )
+    finally:
+        handle.remove()
+    assert output[0].tolist() == PROMPT + free[0][: place + 1]
+
+
+@pytest.mark.parametrize(("policy", "verifier"), WALKS)
+def test_processors_and_criteria_take_turns_as_in_generate(
+    model: Any, free: list[list[int]], policy: str, verifier: str
+) -> None:
+    """So that a processor and a criterion may share what they know."""
+
+    def shared() -> tuple[list[tuple[str, list[int]]], dict[str, Any]]:
+        calls: list[tuple[str, list[int]]] = []
+
+        def processor(input_ids: Tensor, scores: Tensor) -> Tensor:
+            calls.append(("processor", input_ids[0].tolist()))
+            return scores
+
+        def criterion(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+            calls.append(("criterion", input_ids[0].tolist()))
+            return torch.tensor([False])
+
+        arguments = {"logits_processor": [processor], "stopping_criteria": [criterion]}
+        return calls, {"max_new_tokens": NEW, "do_sample": False, **DETAILS, **arguments}
+
+    theirs, arguments = shared()
+    model.generate(tiny.ids(PROMPT), **arguments)
+    ours, arguments = shared()
+    generator = well_informed(model, free, policy=policy, verifier=verifier)
+    generator.generate(tiny.ids(PROMPT), **arguments)
+    assert generator.stats.num_accepted > 10
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("where", ["left", "right", "middle"])

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from specdec import build
 from specdec.random import RowStreams, row_streams
 from specdec.testing.enumerate import enumerate_law
 from specdec.testing.toys import ToyDraft, ToyLoop, ToyTarget, ToyTargetLaw
@@ -116,7 +117,33 @@ def test_only_nodes_on_the_path_are_asked_for(verifier: Verifier) -> None:
         verdict = verifier.verify(tree, target, streams.verify)
         return target.asked == [0, *verdict.path]
 
+    assert verifier.walks_down
     assert enumerate_law(run).keys() == {True}
+
+
+@pytest.mark.parametrize("name", sorted(build.VERIFIERS))
+def test_a_rule_walks_down_if_it_says_so(name: str) -> None:
+    """What it asks about becomes text; `block` and `traversal` look ahead, and do not say so."""
+    verifier = build.build_verifier(name)
+    # siblings of one token, with different children, where the rule takes a tree that branches
+    tokens, parents = ([2, 0], [0, 1]) if name == "block" else ([2, 2, 0, 2], [0, 0, 1, 2])
+    draw = IID if IID in verifier.accepts else POINT
+    tree = DraftTree.from_lists(
+        [0, *tokens],
+        [-1, *parents],
+        draws=[POINT, *[draw] * len(tokens)],
+        q_row=[-1, *[0] * len(tokens)],
+        q=LawRows(torch.tensor([Q], dtype=torch.float64).log()),
+    )
+
+    def run(streams: RowStreams) -> bool:
+        target = Fixed([P] * len(tree))
+        verdict = verifier.verify(tree, target, streams.verify)
+        text = tree.path_tokens(verdict.path[-1] if verdict.path else 0)
+        asked = [tree.path_tokens(node) for node in target.asked]
+        return asked == [text[:depth] for depth in range(len(text) + 1)]
+
+    assert set(enumerate_law(run)) == ({True} if verifier.walks_down else {True, False})
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS, ids=lambda v: v.name)

@@ -24,6 +24,7 @@ class Block:
 
     name = "block"
     accepts = frozenset({Draw.POINT, Draw.IID, Draw.WOR})
+    walks_down = False
 
     def verify(self, tree: DraftTree, target: TargetLaw, random: RandomSource) -> Verdict:
         """Returns the accepted path and the token after it; O(N V).

@@ -22,6 +22,7 @@ class Coupled:
 
     name = "coupled"
     accepts = frozenset(Draw)
+    walks_down = True
 
     def verify(self, tree: DraftTree, target: TargetLaw, random: RandomSource) -> Verdict:
         """Returns the accepted path and the token after it; O(V) for each node on the path."""

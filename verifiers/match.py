@@ -20,6 +20,7 @@ class Match:
 
     name = "match"
     accepts = frozenset({Draw.POINT})
+    walks_down = True
 
     def verify(self, tree: DraftTree, target: TargetLaw, random: RandomSource) -> Verdict:
         """Returns the accepted path and the token after it; O(V) for each node on the path."""

@@ -22,6 +22,7 @@ class Rejection:
 
     name = "rejection"
     accepts = frozenset({Draw.POINT, Draw.IID, Draw.WOR})
+    walks_down = True
 
     def verify(self, tree: DraftTree, target: TargetLaw, random: RandomSource) -> Verdict:
         """Returns the accepted path and the token after it; O(V) for each tested child."""

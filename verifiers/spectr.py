@@ -29,6 +29,7 @@ class SpecTr:
 
     name = "spectr"
     accepts = frozenset({Draw.IID})
+    walks_down = True
 
     def verify(self, tree: DraftTree, target: TargetLaw, random: RandomSource) -> Verdict:
         """Returns the accepted path and the token after it; O(V log(1/eps)) a level."""

@@ -26,6 +26,7 @@ class Traversal:
 
     name = "traversal"
     accepts = frozenset({Draw.POINT, Draw.IID, Draw.WOR})
+    walks_down = False
 
     def verify(self, tree: DraftTree, target: TargetLaw, random: RandomSource) -> Verdict:
         """Returns the accepted path and the token after it; O(N V)."""

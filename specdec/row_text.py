@@ -1,0 +1,130 @@
+"""One row of a call: its text so far, and how the tokens of a step join it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from specdec.backend.support import PositionLimit
+from specdec.errors import ConfigError
+from specdec.random import RowStreams
+from specdec.sampling import Prefix, ProcessedLaw
+from specdec.stats import RowStats
+from specdec.stopping import RowStopper
+from specdec.trees.tree import DraftTree
+
+logger = logging.getLogger(__name__)
+
+
+class RowEnded(Exception):  # noqa: N818 (a signal between row and loop, no error)
+    """Ends the verification of a row: its text has ended."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What one step did to one row; for streaming, traces and drawings.
+
+    Attributes:
+        row: the row's number in the call.
+        tokens: what became text.
+        tree: the scored tree.
+        path: accepted nodes that became text, root not included.
+    """
+
+    row: int
+    tokens: list[int]
+    tree: DraftTree
+    path: list[int]
+
+
+@dataclass(slots=True)
+class Row:
+    """A row's state. `tokens` starts at `offset`: an earlier turn's ids may be unknown.
+
+    Tokens join one by one, and the criteria are asked for each before anything is asked about the
+    next, as in `generate`. So a processor never runs behind a stop, and after an error the step
+    holds what had become text.
+    """
+
+    index: int
+    offset: int
+    tokens: list[int]
+    num_new: int
+    prefix: Prefix
+    processors: LogitsProcessorList
+    stopper: RowStopper
+    streams: RowStreams
+    stats: RowStats
+    positions: PositionLimit | None
+    keeps_scores: bool
+    keeps_logits: bool
+    scores: list[Tensor] = field(default_factory=list)
+    raw_logits: list[Tensor] = field(default_factory=list)
+    generated: list[int] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def root_position(self) -> int:
+        """Absolute position of the row's last token, the next root; padding left out."""
+        return self.offset + len(self.tokens) - 1
+
+    def reach(self, step: Step, law: ProcessedLaw, node: int) -> None:
+        """Commits the path to a node about which a rule that walks down is asking.
+
+        Raises:
+            RowEnded: if the text ends on it.
+        """
+        path = step.tree.path_to(node)
+        if len(path) > len(step.path):
+            self.commit(step, law, path, step.tree.path_tokens(node))
+
+    def commit(self, step: Step, law: ProcessedLaw, path: list[int], tokens: list[int]) -> None:
+        """Makes tokens text, those left out that already are.
+
+        Args:
+            step: grows with every token.
+            law: of the step's tree.
+            path: the accepted nodes, root not included.
+            tokens: those of the path, and behind them the verifier's own where it is known.
+
+        Raises:
+            RowEnded: if the text ends with one of them; the others are dropped.
+            ConfigError: if the verifier asked about a path that it did not accept.
+        """
+        if tokens[: len(step.tokens)] != step.tokens:
+            raise ConfigError(
+                f"the verifier asked what follows {step.tokens} and then took {tokens}; a rule "
+                "that does so must not claim to walk down: walks_down = False"
+            )
+        step.path = path
+        for place in range(len(step.tokens), len(tokens)):
+            self._append(step, law, path[place - 1] if place else 0, tokens[place])
+            if self.done:
+                raise RowEnded
+
+    def _append(self, step: Step, law: ProcessedLaw, node: int, token: int) -> None:
+        if self.keeps_scores:
+            self.scores.append(law.scores(node))
+        if self.keeps_logits:
+            self.raw_logits.append(law.raw(node))
+        self.prefix.extend([token])
+        self.tokens.append(token)
+        self.generated.append(token)
+        step.tokens.append(token)
+        self.stats.num_generated += 1
+        # a criterion that raises finds the token in the text, as in `generate`
+        if self.stopper.stops(self.prefix, token, self.scores if self.keeps_scores else None):
+            self.done = True
+            self.stats.finish_reason = self.stopper.reason(token, self.prefix.length)
+        elif self.positions is not None and self.root_position >= self.positions.num_positions:
+            self.done = True
+            self.stats.finish_reason = "positions"
+            logger.warning(
+                "row %d stopped after %d new tokens: the model's %d %s positions end here",
+                self.index,
+                len(self.generated),
+                *self.positions,
+            )
