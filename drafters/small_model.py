@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specdec.backend.cache import TreeCache
 from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
@@ -31,7 +32,9 @@ class SmallModel(BaseDrafter):
     """Drafts with any smaller HuggingFace causal language model of the same tokenizer.
 
     A level of the trees of all rows is one batched pass. Accepted nodes keep their place in the
-    draft model's cache, so a step feeds it nothing but the tokens it has not seen.
+    draft model's cache, so a step feeds it nothing but the tokens it has not seen. It drafts with
+    the user's own temperature and truncations, applied once: a model that drafts for itself is
+    always right.
 
     Source: Leviathan et al. (arXiv 2211.17192) for one chain; SpecInfer (arXiv 2305.09781) for
     trees.
@@ -74,7 +77,7 @@ class SmallModel(BaseDrafter):
 
     def law(self, context: DraftContext) -> DraftLaw:
         """Returns the draft model's law behind the row's text."""
-        law = _ModelLaw(context.row, context.tokens)
+        law = _ModelLaw(context)
         self._laws[context.row] = law
         return law
 
@@ -147,7 +150,7 @@ class SmallModel(BaseDrafter):
         logits = self._pass(tails, causal_ancestors(len(tails), width), torch.tensor(depths))
         for place, (law, tail) in enumerate(zip(laws, tails, strict=True)):
             if law is not None and tail:
-                law.known[0] = self._log_probs(logits[place, len(tail) - 1])
+                self._know(law, [0], logits[place, len(tail) - 1 : len(tail)])
         self._cache.advance([len(tail) for tail in tails])
         self._positions = torch.zeros(len(tails), 0, dtype=torch.int64)
 
@@ -171,8 +174,8 @@ class SmallModel(BaseDrafter):
                 ancestors[place, index, [law.places[node] for node in path]] = True
         logits = self._pass(tokens, ancestors, depths)
         for place, row in enumerate(self._places):
-            for index, handle in enumerate(handles[place]):
-                self._laws[row].known[handle] = self._log_probs(logits[place, index])
+            if handles[place]:
+                self._know(self._laws[row], handles[place], logits[place, : len(handles[place])])
 
     def _pass(self, tokens: list[list[int]], ancestors: Tensor, depths: Tensor) -> Tensor:
         lengths = torch.tensor(self._cache.lengths).unsqueeze(1)
@@ -182,22 +185,27 @@ class SmallModel(BaseDrafter):
             self._cache, token_matrix(tokens, width), self._positions, ancestors
         )
 
-    def _log_probs(self, logits: Tensor) -> Tensor:
-        """Returns ``[V]`` float32 over the target's vocabulary."""
-        row = torch.full((self._vocab_size,), -torch.inf)
+    def _know(self, law: _ModelLaw, handles: Sequence[int], logits: Tensor) -> None:
+        """Gives the law its rows at some handles, over the target's vocabulary."""
         common = min(self._vocab_size, logits.shape[-1])
-        row[:common] = torch.log_softmax(logits[:common].float(), dim=-1)
-        return row
+        scores = logits[:, :common].to(torch.float32, copy=True)
+        if law.warp is not None:
+            scores = law.warp(scores)
+        rows = pad(
+            torch.log_softmax(scores, dim=-1), (0, self._vocab_size - common), value=-torch.inf
+        )
+        law.known.update(zip(handles, rows, strict=True))
 
 
 class _ModelLaw:
     """One row's tree in the draft model: handles, their tokens, and where their states lie."""
 
-    def __init__(self, row: int, text: Sequence[int]) -> None:
-        self.row = row
-        self._text = text
-        self._length = len(text)
-        self.tokens = [text[-1]]
+    def __init__(self, context: DraftContext) -> None:
+        self.row = context.row
+        self.warp = context.warp
+        self._text = context.tokens
+        self._length = len(context.tokens)
+        self.tokens = [context.tokens[-1]]
         self._parents = [-1]
         self.known: dict[int, Tensor] = {}  # rows already computed
         self.places: dict[int, int] = {}  # pending node of each handle that was run

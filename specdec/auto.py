@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from specdec.build import build_policy, build_verifier, check_draws
+from specdec.call import Call
 from specdec.loop import Parts
 from specdec.types import Drafter, Draw, TreePolicy, Verifier
 
@@ -16,8 +17,8 @@ class PartsForCalls:
 
     Both automatic: best-first trees that look at the noise, with `coupled`; but a drafter whose
     rows are a language model's probabilities, sampled from without a seed, gets `sequoia` trees and
-    `traversal`, which accept more. One automatic: what fits the other.
-    docs/acceptance.md has the measurements behind this.
+    `traversal`, which accept more, unless the user's own processors might keep state. One
+    automatic: what fits the other. docs/acceptance.md has the measurements behind this.
 
     Args:
         drafter: None for plain decoding.
@@ -45,13 +46,20 @@ class PartsForCalls:
         if self._policy is not None and self._verifier is not None:
             check_draws(self._policy, self._verifier)
 
-    def for_call(self, *, greedy: bool, seeded: bool) -> Parts:
-        """Returns the parts for a call that takes the argmax, or that was given a seed."""
-        names = self._names(greedy=greedy, seeded=seeded)
+    def for_call(self, call: Call, *, seeded: bool) -> Parts:
+        """Returns the parts for a call, which may have been given a seed."""
+        stateful = call.has_foreign_processors
+        names = self._names(call.greedy, walk=seeded or stateful)
         if names not in self._made:
             policy = self._policy or build_policy(names[0])
             verifier = self._verifier or build_verifier(names[1])
             check_draws(policy, verifier)
+            if stateful and not verifier.walks_down:
+                logger.warning(
+                    "verifier %r asks about tokens that may not become text; a logits processor "
+                    "that keeps state would see them. verifier='coupled' never does so",
+                    verifier.name,
+                )
             self._made[names] = Parts(self.drafter, policy, verifier, self.node_budget)
             if self.drafter is not None and (self._policy is None or self._verifier is None):
                 logger.info("auto: policy %s, verifier %s", policy.name, verifier.name)
@@ -61,10 +69,11 @@ class PartsForCalls:
         """Returns parts with another drafter, the verifier chosen as before."""
         return PartsForCalls(drafter, policy, self._verifier or "auto", node_budget)
 
-    def _names(self, *, greedy: bool, seeded: bool) -> tuple[str, str]:
+    def _names(self, greedy: bool, walk: bool) -> tuple[str, str]:
+        """Returns policy and verifier; `walk` wants a rule that walks down, with keyed noise."""
         honest = self.drafter is not None and self.drafter.honest
         if self._policy is None and self._verifier is None:
-            if honest and not greedy and not seeded:
+            if honest and not greedy and not walk:
                 return "sequoia", "traversal"
             return "coupled_best_first", "coupled"
         if self._policy is None:
@@ -72,7 +81,7 @@ class PartsForCalls:
             return _policy_for(self._verifier, honest and not greedy), self._verifier.name
         if self._verifier is None:
             drawn = self._policy.draws & {Draw.IID, Draw.WOR}
-            return self._policy.name, "traversal" if drawn and not seeded else "coupled"
+            return self._policy.name, "traversal" if drawn and not walk else "coupled"
         return self._policy.name, self._verifier.name
 
 

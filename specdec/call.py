@@ -61,6 +61,11 @@ class Call:
         return not self.config.do_sample
 
     @property
+    def has_foreign_processors(self) -> bool:
+        """Whether a processor is not transformers' own, and so may keep state between calls."""
+        return any(type(p).__module__.split(".")[0] != "transformers" for p in self.processors)
+
+    @property
     def pad_token_id(self) -> int:
         """What finished rows are filled up with; end-of-sequence or 0 where none is set."""
         for name in ("_pad_token_tensor", "_eos_token_tensor"):

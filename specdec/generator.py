@@ -280,7 +280,7 @@ class _Session:
 
     def __init__(self, call: Call, parts: PartsForCalls, seed: int | Sequence[int] | None) -> None:
         self.call = call
-        self.parts = parts.for_call(greedy=call.greedy, seeded=seed is not None)
+        self.parts = parts.for_call(call, seeded=seed is not None)
         self.inputs: list[RowInput] = split_rows(call)
         self._keys = _row_keys(seed, call, len(self.inputs))
         self.stats: DecodeStats

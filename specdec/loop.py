@@ -21,7 +21,7 @@ from specdec.random import RowStreams
 from specdec.row_copies import row_copies
 from specdec.row_text import Row, RowEnded, Step
 from specdec.rows import RowInput
-from specdec.sampling import Prefix, ProcessedLaw
+from specdec.sampling import Prefix, ProcessedLaw, warp_logits
 from specdec.stats import DecodeStats
 from specdec.stopping import RowStopper
 from specdec.target import TargetModel
@@ -215,7 +215,8 @@ class DecodeLoop:
         for i in growing:
             row = active[i]
             remaining = budgets[i].depth + 1
-            law = parts.drafter.law(DraftContext(row.index, row.tokens, remaining))
+            warp = None if self._call.greedy else partial(warp_logits, row.processors)
+            law = parts.drafter.law(DraftContext(row.index, row.tokens, remaining, warp))
             root = Root(row.tokens[-1], row.root_position, self._call.greedy)
             plans.append((law, parts.policy.grow(law, root, budgets[i], row.streams.draft)))
         for i, tree in zip(growing, grow_trees(plans, parts.drafter.expand), strict=True):

@@ -61,6 +61,18 @@ class Prefix:
             self._buffer[0, self.length : end] = torch.tensor(tokens, device=self._buffer.device)
 
 
+def warp_logits(processors: LogitsProcessorList, logits: Tensor) -> Tensor:
+    """Returns ``[n, V]`` logits after the temperature and the truncations among the processors.
+
+    These look at nothing but the logits, so a drafter can follow the user's settings with them.
+    transformers names them warpers.
+    """
+    for processor in processors:
+        if type(processor).__name__.endswith("LogitsWarper"):
+            logits = processor(None, logits)
+    return logits
+
+
 class ProcessedLaw:
     """A `TargetLaw` over one scored tree.
 

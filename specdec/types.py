@@ -6,7 +6,7 @@ Shape letters: B rows of a batch, N nodes of a tree (root included), V vocabular
 from __future__ import annotations
 
 import enum
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
@@ -132,11 +132,15 @@ class DraftContext:
         tokens: every committed token of the row, padding left out; the last one is the root.
             Read only: the list goes on growing.
         remaining: tokens the row may still emit, at least 1.
+        warp: applies the user's temperature and truncations to ``[n, V]`` float32 logits, which it
+            may overwrite; a drafter whose law is a model's drafts best with them. None where there
+            are none.
     """
 
     row: int
     tokens: Sequence[int]
     remaining: int
+    warp: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,9 @@ def grow(policy, draft, budget, streams, prefix=PREFIX, greedy=False) -> DraftTr
     return grow_trees([(law, plan)], lambda asked: [one.rows(h) for one, h in asked])[0]
 
 
-def tokens_a_step(policy, target, draft, budget, steps: int) -> float:
+def tokens_a_step(policy, target, draft, budget, steps: int, *, learn: bool = True) -> float:
     """Mean tokens a step of the real loop."""
-    loop = ToyLoop(policy, Coupled(), target, draft, budget, learn=True)
+    loop = ToyLoop(policy, Coupled(), target, draft, budget, learn=learn)
     total, prefix = 0, PREFIX
     for step in range(steps):
         emitted = loop.step(prefix, row_streams(step, 0))
@@ -115,7 +115,7 @@ def test_with_the_targets_own_law_the_first_guess_is_always_right() -> None:
             return target.logits(prefix)
 
     policy = CoupledBestFirst(max_branching=1)
-    assert tokens_a_step(policy, target, Same(6), Budget(4, 4), 50) == 5.0
+    assert tokens_a_step(policy, target, Same(6), Budget(4, 4), 50, learn=False) == 5.0
 
 
 def test_the_estimate_learns_that_the_noise_means_nothing() -> None:

@@ -16,8 +16,9 @@ from specdec.trees.best_first import grow_best_first, most_probable
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root, StepOutcome
 
+_LEAST_SQUARE = 1e-2  # a long time of being right must not make the next step a jump
 _SHORTLIST = 32  # candidates of a law that get noise; the others cannot win often
-_START = (1.0, 0.7, 0.8, 0.2)  # s, c, r, e as token recycling's come out
+_START = (0.8, 0.8, 0.8, 0.2)  # s, c, r, e; s = c ranks rightly when the draft law is the target's
 _RATE = 0.1  # of the online fit
 _MEMORY = 0.999  # the fit forgets, as the text and the temperature change
 _LEAST_REST = 1e-4  # a law's mass beyond the candidates is never quite nothing
@@ -103,7 +104,7 @@ class CoupledBestFirst(BasePolicy):
         errors = np.exp(_log_softmax(candidates.features @ self.weights)) - hit
         # a candidate that is padding has chance 0 and features that must not enter a product
         gradient = errors @ np.where(np.isfinite(candidates.features), candidates.features, 0.0)
-        self._squares = _MEMORY * self._squares + gradient**2
+        self._squares = np.maximum(_MEMORY * self._squares, _LEAST_SQUARE) + gradient**2
         self.weights -= _RATE * gradient / np.sqrt(self._squares)
         np.maximum(self.weights[:3], 0.0, out=self.weights[:3])
 

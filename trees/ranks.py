@@ -23,12 +23,16 @@ class RankAcceptance:
     """
 
     def __init__(self, start: Sequence[float]) -> None:
-        self._hits = np.array(start) * _PRIOR_STRENGTH
-        self._tests = np.full(len(self._hits), _PRIOR_STRENGTH)
+        self._start = np.array(start)
+        self._hits = np.zeros_like(self._start)
+        self._tests = np.zeros_like(self._start)
 
     def vector(self) -> list[float]:
         """Returns the estimate, made to fall with the rank."""
-        falling: list[float] = np.minimum.accumulate(self._hits / self._tests).tolist()
+        hits = self._hits + _PRIOR_STRENGTH * self._start
+        falling: list[float] = np.minimum.accumulate(
+            hits / (self._tests + _PRIOR_STRENGTH)
+        ).tolist()
         return falling
 
     def observe(self, outcome: StepOutcome) -> None:
