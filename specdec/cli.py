@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from specdec.errors import ConfigError, UnsupportedModelError
@@ -42,6 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_model_arguments(demo)
     demo.add_argument("--max-new-tokens", type=int, default=128)
+    demo.add_argument(
+        "--figure",
+        metavar="FILE",
+        type=Path,
+        help="save a picture of the tree shown at the end, .svg or .png (needs matplotlib)",
+    )
     demo.set_defaults(run=_demo)
 
     generate = commands.add_parser(
@@ -74,9 +81,18 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from specdec.demo import load_model, run_demo
+    from specdec.trees.figure import check_figure_file
 
+    if arguments.figure is not None:
+        check_figure_file(arguments.figure)  # now, and not after minutes of work
     model, tokenizer = load_model(arguments.model)
-    run_demo(model, tokenizer, max_new_tokens=arguments.max_new_tokens, **_parts(arguments))
+    run_demo(
+        model,
+        tokenizer,
+        max_new_tokens=arguments.max_new_tokens,
+        figure=arguments.figure,
+        **_parts(arguments),
+    )
 
 
 def _generate(arguments: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from specdec.generator import SpeculativeGenerator
 from specdec.prompts import Prompt, encode
 from specdec.row_text import Step
 from specdec.trees.draw import draw_tree
+from specdec.trees.figure import save_tree
 
 PASSAGE = (
     "The honey badger is found in most of Africa, south-west Asia and the Indian subcontinent. "
@@ -60,18 +61,19 @@ def load_model(name: str | None) -> tuple[Any, Any]:
 
 def stream_text(
     generator: SpeculativeGenerator, input_ids: Tensor, **arguments: Any
-) -> tuple[Tensor, list[Step], float]:
+) -> tuple[Tensor, Step | None, float]:
     """Prints one row's text as it is written: accepted guesses green, the target's tokens plain.
 
     Returns:
-        The ``[1, T + new]`` ids, the steps and the seconds.
+        The ``[1, T + new]`` ids, the step with the longest path (only one is kept, as a step holds
+        its logits) and the seconds.
     """
     console = Console(highlight=False, soft_wrap=True)
-    steps: list[Step] = []
+    best: Step | None = None
     tokens: list[int] = []
     begin = time.perf_counter()
     for step in generator.trace(input_ids, **arguments):
-        steps.append(step)
+        best = _better(best, step)
         for place, token in enumerate(step.tokens):
             tokens.append(token)
             text = escape(_last_piece(generator.tokenizer, tokens))
@@ -79,7 +81,14 @@ def stream_text(
     seconds = time.perf_counter() - begin
     console.print()
     new = torch.tensor([tokens], device=input_ids.device)
-    return torch.cat([input_ids, new], dim=1), steps, seconds
+    return torch.cat([input_ids, new], dim=1), best, seconds
+
+
+def _better(one: Step | None, other: Step | None) -> Step | None:
+    """Returns the step of more accepted guesses, the earlier one of equals."""
+    if one is None or other is None:
+        return one or other
+    return other if len(other.path) > len(one.path) else one
 
 
 def _last_piece(tokenizer: Any, tokens: list[int]) -> str:
@@ -89,11 +98,14 @@ def _last_piece(tokenizer: Any, tokens: list[int]) -> str:
     return str(with_it[len(without) :])
 
 
-def run_demo(model: Any, tokenizer: Any, *, max_new_tokens: int, **parts: Any) -> None:
+def run_demo(
+    model: Any, tokenizer: Any, *, max_new_tokens: int, figure: Path | None = None, **parts: Any
+) -> None:
     """Streams the prompts, then prints the comparison and one real tree.
 
     Every repeat starts with a drafter that has learned nothing, so no text is recycled from an
-    earlier run of itself; the order of the two methods alternates.
+    earlier run of itself; the order of the two methods alternates. `figure` names a file for a
+    picture of that tree.
     """
     console = Console()
     generator = SpeculativeGenerator(model, tokenizer, **parts)
@@ -119,8 +131,8 @@ def run_demo(model: Any, tokenizer: Any, *, max_new_tokens: int, **parts: Any) -
                     with console.status("plain model.generate, for comparison"):
                         text, took = _timed(model.generate, ids, arguments)
                 elif repeat == 0:
-                    text, steps, took = stream_text(generator, ids, **arguments)
-                    best = max([s for s in (best, *steps) if s], key=lambda s: len(s.path))
+                    text, step, took = stream_text(generator, ids, **arguments)
+                    best = _better(best, step)
                 else:
                     text, took = _timed(generator.generate, ids, arguments)
                 seconds[method][index] += took
@@ -130,18 +142,28 @@ def run_demo(model: Any, tokenizer: Any, *, max_new_tokens: int, **parts: Any) -
 
     console.rule("[bold]numbers")
     _print_table(console, model, inputs, texts, seconds, efficiency)
-    if best is not None and best.path:
-        console.rule("[bold]one step")
-        guesses, accepted = best.tree.num_drafted, len(best.path)
-        console.print(
-            f"{guesses} guesses in one pass of the model, {accepted} accepted, "
-            f"{len(best.tokens)} tokens written:"
-        )
-        console.print(
-            draw_tree(best.tree, best.path, lambda t: tokenizer.decode([t]), best.tokens[-1])
-        )
+    if best is not None and (best.path or figure is not None):
+        _show_step(console, tokenizer, best, figure)
     if generator.stats is not None:
         console.print(f"\n[dim]last text: {escape(generator.stats.explain())}[/dim]")
+
+
+def _show_step(console: Console, tokenizer: Any, step: Step, figure: Path | None) -> None:
+    console.rule("[bold]one step")
+    guesses, accepted = step.tree.num_drafted, len(step.path)
+    console.print(
+        f"{guesses} guesses in one pass of the model, {accepted} accepted, "
+        f"{len(step.tokens)} tokens written:"
+    )
+
+    def decode(token: int) -> str:
+        return str(tokenizer.decode([token]))
+
+    probs = step.target_probs()
+    console.print(draw_tree(step.tree, step.path, decode, step.next_token, probs))
+    if figure is not None:
+        save_tree(step.tree, step.path, decode, step.next_token, probs, file=figure)
+        console.print(f"[dim]drawn in {escape(str(figure))}[/dim]")
 
 
 def _timed(generate: Any, ids: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, float]:

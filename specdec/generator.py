@@ -239,8 +239,9 @@ class SpeculativeGenerator:
             with closing(self._steps(session)) as all_steps:
                 for steps in all_steps:
                     if streamer is not None:
-                        for step in steps:
-                            streamer.put(torch.tensor(step.tokens))
+                        for tokens in [step.tokens for step in steps]:
+                            streamer.put(torch.tensor(tokens))
+                    del steps  # their logits need not outlast the next pass
             if streamer is not None:
                 streamer.end()
             return collect(session.call, session.inputs, session.loop, self.model.config)
@@ -248,8 +249,9 @@ class SpeculativeGenerator:
     def _tokens(self, session: _Session) -> Iterator[tuple[int, list[int]]]:
         with self._busy(), closing(self._steps(session)) as all_steps:
             for steps in all_steps:
-                for step in steps:
-                    yield step.row, step.tokens
+                committed = [(step.row, step.tokens) for step in steps]
+                del steps  # their logits need not outlast the next pass
+                yield from committed
 
     def _steps(self, session: _Session) -> Generator[list[Step], None, None]:
         """Yields the steps; closed at once when left early, for the drafter's rows end with it."""

@@ -247,7 +247,7 @@ class DecodeLoop:
     def _verify(self, row: Row, tree: DraftTree, logits: Tensor, steps: list[Step]) -> None:
         """Lets the verifier decide; adds to `steps` what became text, also when it raises."""
         verifier = self._parts.verifier
-        step = Step(row.index, [], tree, [])
+        step = Step(row.index, [], tree, [], logits[: len(tree)])
         law = ProcessedLaw(
             tree,
             logits,

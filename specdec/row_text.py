@@ -32,12 +32,31 @@ class Step:
         tokens: what became text.
         tree: the scored tree.
         path: accepted nodes that became text, root not included.
+        logits: ``[N, V]`` raw logits at the tree's nodes, in the model's dtype; as long as a step
+            is kept, so are they.
     """
 
     row: int
     tokens: list[int]
     tree: DraftTree
     path: list[int]
+    logits: Tensor
+
+    @property
+    def next_token(self) -> int | None:
+        """The target's own token behind the path; None where the text ended before it."""
+        return self.tokens[-1] if len(self.tokens) > len(self.path) else None
+
+    def target_probs(self) -> list[float]:
+        """Returns the model's probability of each node's token at its parent, 1.0 for the root.
+
+        This is the softmax of the RAW logits: before the call's processors and its temperature, so
+        not what the verifier compared with where there are any. Computed anew at each call.
+        """
+        tree = self.tree
+        parents, tokens = tree.parent_list[1:], tree.token_list[1:]
+        log_sums = self.logits.float().logsumexp(dim=-1)[parents]
+        return [1.0, *(self.logits[parents, tokens].float() - log_sums).exp().clamp(max=1).tolist()]
 
 
 @dataclass(slots=True)

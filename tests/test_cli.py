@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -29,6 +30,12 @@ def test_a_missing_model_is_one_line(capsys):
     assert "specdec generate:" in capsys.readouterr().err
 
 
+def test_a_figure_that_cannot_be_saved_is_noticed_before_the_work(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--model", "/no/such/folder", "--figure", "tree.gif"])
+    assert "specdec demo: a tree is saved as .svg or .png" in capsys.readouterr().err
+
+
 @pytest.mark.model
 def test_unknown_drafter_lists_the_known(demo_model_path, capsys):
     with pytest.raises(SystemExit, match="2"):
@@ -37,13 +44,17 @@ def test_unknown_drafter_lists_the_known(demo_model_path, capsys):
 
 
 @pytest.mark.model
-def test_the_demo_compares_and_draws(demo_model_path, capsys):
-    main(["demo", "--max-new-tokens", "24"])
+def test_the_demo_compares_and_draws(demo_model_path, capsys, tmp_path):
+    picture = tmp_path / "tree.svg"
+    figure = ["--figure", str(picture)] if importlib.util.find_spec("matplotlib") else []
+    main(["demo", "--max-new-tokens", "24", *figure])
     printed = capsys.readouterr().out
     assert printed.count(" yes ") == 3
     assert "NO" not in printed
     assert "block efficiency" in printed.replace("\n", " ")
     assert "✓" in printed
+    assert "draft → target probability" in printed
+    assert picture.exists() == bool(figure)
 
 
 @pytest.mark.model

@@ -113,8 +113,10 @@ def test_constraints_pin_what_make_installs() -> None:
 
 
 def test_import_of_trees_is_light() -> None:
-    loaded = run_python("import json, sys, specdec.trees; print(json.dumps(sorted(sys.modules)))")
-    assert not {"transformers", "triton"} & set(loaded)
+    loaded = run_python(
+        "import json, sys, specdec.trees.figure; print(json.dumps(sorted(sys.modules)))"
+    )
+    assert not {"transformers", "triton", "matplotlib"} & set(loaded)
 
 
 def test_checkout_as_working_folder_does_not_offer_kernels_to_transformers() -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from specdec.errors import TreeError
 from specdec.types import Draw, LawRows, ProbRow
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 _SUM_TOLERANCE = 1e-3  # float16 logits normalised in float32 stay well inside
 
@@ -29,7 +33,8 @@ class DraftTree:
         q: the draft laws, one row for each expanding parent: ``log_probs [R, V]``, or sparse
             ``[R, k]`` beside ``ids``. None when every node is a point mass.
         chances: ``[N]`` float32: the drafter's probability of each node's token at its parent, NaN
-            where it is not known. Drawings and cost models read it, no acceptance rule does.
+            where it is not known; of a COUPLED node the policy's, which has seen the noise.
+            Drawings and cost models read it, no acceptance rule does.
         handles: what the draft law calls each node, so that drafter and policy find what they
             noted about it; None for a tree that was not grown from a law.
 
@@ -200,3 +205,29 @@ class DraftTree:
             raise TreeError("this tree has no draft laws")
         ids = None if self.q.ids is None else self.q.ids[row]
         return ProbRow(self.q.log_probs[row].exp(), ids)
+
+    def to_networkx(
+        self,
+        decode: Callable[[int], str] | None = None,
+        path: Collection[int] = (),
+        target_probs: Sequence[float] | None = None,
+    ) -> nx.DiGraph:
+        """Returns the tree as a graph with an edge from each parent to each of its children.
+
+        The graph's nodes are the tree's, under the same numbers. Each has the attributes ``token``,
+        ``text`` (with `decode`), ``depth``, ``order`` (its place among its siblings, from 0),
+        ``draw`` (``"point"``, ``"iid"``, ``"wor"`` or ``"coupled"``), ``draft_prob`` (of
+        `chances`), ``target_prob`` and ``accepted``. A probability that is not known is None. The
+        values are plain Python ones: ``networkx.node_link_data`` of the graph is JSON.
+
+        Args:
+            decode: gives a token's text.
+            path: accepted nodes, root not included.
+            target_probs: one for each node, from `Step.target_probs`.
+
+        Raises:
+            TreeError: if `target_probs` has another length than the tree.
+        """
+        from specdec.trees.graph import tree_graph
+
+        return tree_graph(self, decode, path, target_probs)
