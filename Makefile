@@ -5,13 +5,13 @@
 #   VENV         the environment's folder                                 (.venv)
 #   PIP_ARGS     more arguments for pip install, such as another index
 #   ARGS         arguments of the demo, such as ARGS="--model NAME_OR_PATH"
-#   PYTEST_ARGS  arguments of the tests                                   (-q -m "not slow")
+#   PYTEST_ARGS  arguments of the tests           (-q -n auto --maxprocesses 8 -m "not slow")
 
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
-PYTEST_ARGS ?= -q -m "not slow"
+PYTEST_ARGS ?= -q -n auto --maxprocesses 8 -m "not slow"
 SLOW_ARGS ?= -q -m slow
 
 # Without it, loading a model waits for a hub that may not be reachable. HF_HUB_OFFLINE=0 in the
