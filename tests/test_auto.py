@@ -1,0 +1,102 @@
+"""What "auto" chooses for a drafter and a call."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from specdec.auto import PartsForCalls
+from specdec.call import Call
+from specdec.drafters import TokenRecycling
+from specdec.trees import Chain, DySpecLayered, Iid
+from specdec.types import Draw
+
+
+class Honest(TokenRecycling):
+    honest = True
+
+
+class Foreign(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+def call(*, greedy: bool = False, foreign: bool = False) -> Call:
+    return Call(
+        input_ids=torch.zeros(1, 1, dtype=torch.int64),
+        attention_mask=None,
+        mask_length=0,
+        processors=LogitsProcessorList([Foreign()] if foreign else []),
+        criteria=[],
+        config=GenerationConfig(do_sample=not greedy),
+        past=None,
+        fill_past=False,
+    )
+
+
+def names(drafter, policy="auto", verifier="auto", *, seeded=False, **kind) -> tuple[str, str]:
+    parts = PartsForCalls(drafter, policy, verifier, 8).for_call(call(**kind), seeded=seeded)
+    return parts.policy.name, parts.verifier.name
+
+
+COUPLED = ("coupled_best_first", "coupled")
+
+
+@pytest.mark.parametrize(
+    ("drafter", "kind", "expected"),
+    [
+        (Honest(), {}, ("sequoia", "traversal")),
+        (Honest(), {"seeded": True}, COUPLED),
+        (Honest(), {"greedy": True}, COUPLED),
+        (Honest(), {"foreign": True}, COUPLED),
+        (TokenRecycling(), {}, COUPLED),
+        (TokenRecycling(), {"greedy": True}, COUPLED),
+        (None, {}, COUPLED),
+    ],
+)
+def test_both_automatic(drafter, kind, expected) -> None:
+    assert names(drafter, **kind) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "seeded", "expected"),
+    [
+        (Chain(), False, "coupled"),
+        (Chain(Draw.COUPLED), False, "coupled"),
+        (DySpecLayered(), False, "traversal"),
+        (DySpecLayered(), True, "coupled"),
+        (Iid(), False, "traversal"),
+    ],
+)
+def test_the_verifier_fits_the_policy(policy, seeded, expected) -> None:
+    assert names(TokenRecycling(), policy, seeded=seeded)[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("verifier", "drafter", "expected"),
+    [
+        ("coupled", Honest(), "coupled_best_first"),
+        ("match", Honest(), "best_first"),
+        ("rejection", Honest(), "sequoia"),
+        ("rejection", TokenRecycling(), "best_first"),
+        ("block", Honest(), "chain"),
+        ("spectr", Honest(), "iid"),
+    ],
+)
+def test_the_policy_fits_the_verifier(verifier, drafter, expected) -> None:
+    assert names(drafter, verifier=verifier) == (expected, verifier)
+
+
+def test_a_policy_that_learns_serves_every_call() -> None:
+    parts = PartsForCalls(TokenRecycling(), "auto", "auto", 8)
+    first = parts.for_call(call(), seeded=False)
+    assert parts.for_call(call(greedy=True), seeded=True).policy is first.policy
+
+
+def test_an_explicit_rule_that_looks_aside_is_obeyed_with_a_warning(caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert names(Honest(), verifier="traversal", foreign=True)[1] == "traversal"
+    assert "keeps state" in caplog.text
