@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.kernels.philox import LARGEST_GUMBEL, keyed_gumbel, keyed_gumbel_dense
+from specdec.kernels.philox import GUMBEL_RANGE, gumbel, keyed_bits_dense, keyed_gumbel
 
 _WORD = (1 << 64) - 1
 _SHORT = 64  # weights that are walked one by one rather than by blocks
@@ -95,14 +95,19 @@ class SeededRandom:
 
     def gumbel_argmax(self, scores: Tensor, position: int) -> int:
         """Returns argmax(scores + g); g is evaluated only where it could still win."""
-        top = torch.argmax(scores).unsqueeze(0)
-        reached = scores[top].double() + keyed_gumbel(self._seed, self._row, position, top)
-        support = torch.nonzero(scores > reached - LARGEST_GUMBEL).squeeze(-1)
-        if 2 * len(support) > len(scores):
-            noise = keyed_gumbel_dense(self._seed, self._row, position, len(scores), scores.device)
-            return int(torch.argmax(scores.double() + noise))
-        noise = keyed_gumbel(self._seed, self._row, position, support)
-        return int(support[torch.argmax(scores[support].double() + noise)])
+        top = torch.argmax(scores)
+        within = scores > scores[top] - GUMBEL_RANGE
+        if 2 * int(within.sum()) <= len(scores):
+            support = torch.nonzero(within).squeeze(-1)
+            noise = keyed_gumbel(self._seed, self._row, position, support)
+            return int(support[torch.argmax(scores[support].double() + noise)])
+        bits = keyed_bits_dense(self._seed, self._row, position, len(scores), scores.device)
+        # g = -log(-log(1 - u)) <= -log u, so score + g reaches that of the top token only where
+        # u <= exp(score - reached); the logarithms are taken for these few
+        reached = scores[top].double() + gumbel(bits[top])
+        largest = torch.exp(scores - reached) * (2.0**32 * (1.0 + 1e-4))
+        support = torch.nonzero(bits <= largest).squeeze(-1)
+        return int(support[torch.argmax(scores[support].double() + gumbel(bits[support]))])
 
     def keyed_noise(self, position: int, token_ids: Tensor) -> Tensor:
         """Returns the noise of `gumbel_argmax` for the ids."""

@@ -8,7 +8,12 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
-from specdec.kernels.philox import keyed_gumbel, keyed_gumbel_dense, philox_4x32
+from specdec.kernels.philox import (
+    keyed_gumbel,
+    keyed_gumbel_dense,
+    philox_4x32,
+    philox_reference,
+)
 from specdec.random import SeededRandom, draw_seed, draws_without_replacement, row_streams
 from specdec.testing.monte_carlo import chi_square
 
@@ -54,6 +59,16 @@ def test_philox_gives_the_known_answers(
     """The vectors of Random123's kat_vectors for philox4x32-10."""
     c0, c1, c2, c3 = (torch.tensor(word, dtype=torch.int64) for word in counter)
     assert tuple(int(word) for word in philox_4x32((c0, c1, c2, c3), key)) == expected
+
+
+@pytest.mark.parametrize("key", [0, 99, 2**64 - 1])
+def test_philox_on_unsigned_words_is_the_reference(key: int) -> None:
+    generator = torch.Generator().manual_seed(key % 2**31)
+    counter = tuple(torch.randint(0, 2**32, (257,), generator=generator) for _ in range(4))
+    for fast, reference in zip(
+        philox_4x32(counter, key), philox_reference(counter, key), strict=True
+    ):
+        assert torch.equal(fast, reference)
 
 
 def test_philox_broadcasts_its_counters() -> None:
@@ -127,6 +142,17 @@ def test_gumbel_argmax_on_a_partial_support_is_the_dense_one() -> None:
         assert source.gumbel_argmax(scores, position) == int(torch.argmax(scores + noise))
         scores[torch.randperm(23, generator=generator)[:11]] = -torch.inf
         assert source.gumbel_argmax(scores, position) == int(torch.argmax(scores + noise))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gumbel_argmax_is_the_argmax_with_all_the_noise(spread: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(11)
+    for position in range(20):
+        scores = torch.randn(3001, generator=generator, dtype=dtype) * spread
+        scores[position::7] = float("-inf")
+        noisy = scores.double() + keyed_gumbel_dense(8, 2, position, len(scores), CPU)
+        assert SeededRandom(8, 2, 0).gumbel_argmax(scores, position) == int(noisy.argmax())
 
 
 def test_gumbel_argmax_follows_softmax() -> None:
