@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.drafters.base import BaseDrafter
-from specdec.errors import ConfigError
+from specdec.drafters.learning import LearnedState, LearningDrafter
+from specdec.errors import ConfigError, StateError
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.types import (
     DraftContext,
@@ -26,7 +26,7 @@ _EDGES = np.log(np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95], dty
 _PRIOR_STRENGTH = 20.0
 
 
-class TokenRecycling(BaseDrafter):
+class TokenRecycling(LearningDrafter):
     """Remembers, for each token, the target's k best successors the last time it was scored.
 
     Every node of every tree writes its row, accepted or not, and so does every prompt position;
@@ -116,6 +116,32 @@ class TokenRecycling(BaseDrafter):
         self._log_shares.fill(-np.inf)
         self._calibration = _Calibration(self._k)
 
+    def state(self) -> LearnedState:
+        """Returns the matrix and the calibration; the vocabulary and k are in their shapes."""
+        return LearnedState(
+            {
+                "successors": self._successors,
+                "log_shares": self._log_shares,
+                "hits": self._calibration.hits,
+                "trials": self._calibration.trials,
+            }
+        )
+
+    def restore(self, state: LearnedState) -> None:
+        """Takes over a matrix; it must be of this k, and of the target's vocabulary if attached."""
+        rows = len(self._successors) or -1
+        successors = state.array("successors", (rows, self._k), np.int32)
+        if successors.max(initial=-1) >= len(successors) or successors.min(initial=-1) < -1:
+            raise StateError("table 'successors' holds ids that are not in its vocabulary")
+        log_shares = state.array("log_shares", successors.shape, np.float16)
+        calibration = _Calibration(self._k)
+        calibration.hits = state.array("hits", calibration.hits.shape, np.float64)
+        calibration.trials = state.array("trials", calibration.trials.shape, np.float64)
+        if not (calibration.hits > 0).all() or not (calibration.trials > 0).all():
+            raise StateError("tables 'hits' and 'trials' must hold positive counts")
+        self._successors, self._log_shares = successors, log_shares
+        self._calibration = calibration
+
     def _write(self, tokens: list[int], ids: Tensor, logits: Tensor) -> None:
         last = {token: position for position, token in enumerate(tokens)}
         index, source = list(last.keys()), list(last.values())
@@ -147,13 +173,13 @@ class _Calibration:
         # before anything was counted: about half the share, since the context is another one
         share = np.exp(np.concatenate([_EDGES[:1] - 1, (_EDGES[1:] + _EDGES[:-1]) / 2, [0.0]]))
         prior = np.repeat(0.55 * share[None, :], num_ranks, axis=0)
-        self._hits = prior * _PRIOR_STRENGTH
-        self._trials = np.full((num_ranks, buckets), _PRIOR_STRENGTH)
+        self.hits = prior * _PRIOR_STRENGTH
+        self.trials = np.full((num_ranks, buckets), _PRIOR_STRENGTH)
         self._ranks = np.arange(num_ranks)
 
     def log_chance(self, log_shares: np.ndarray) -> np.ndarray:
         """Returns ``[n, k]`` float32 log-probabilities, falling along each row."""
-        table = np.log(self._hits / self._trials).astype(np.float32)
+        table = np.log(self.hits / self.trials).astype(np.float32)
         buckets = np.searchsorted(_EDGES, log_shares.astype(np.float32))
         # the best guess stays first: a law's rows are sorted
         chance = np.minimum.accumulate(table[self._ranks, buckets], axis=1)
@@ -169,5 +195,5 @@ class _Calibration:
             return
         buckets = np.searchsorted(_EDGES, log_shares[known].astype(np.float32))
         ranks = np.broadcast_to(self._ranks, buckets.shape)
-        np.add.at(self._trials, (ranks, buckets), 1.0)
-        np.add.at(self._hits, (ranks, buckets), ids[known] == emitted[known, None])
+        np.add.at(self.trials, (ranks, buckets), 1.0)
+        np.add.at(self.hits, (ranks, buckets), ids[known] == emitted[known, None])

@@ -7,6 +7,10 @@ class ConfigError(ValueError):
     """An argument, or a combination of arguments, that cannot work."""
 
 
+class StateError(ConfigError):
+    """A file of a drafter's learned state that is damaged, foreign, or does not fit."""
+
+
 class TreeError(ValueError):
     """A draft tree that breaks its contract: shape, order of nodes, or the laws of its nodes."""
 
