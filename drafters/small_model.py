@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from specdec.backend.cache import TreeCache
-from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
-from specdec.backend.probe import probe
+from specdec.backend.model import causal_ancestors, token_matrix
+from specdec.backend.probe import probed
 from specdec.drafters.base import BaseDrafter
 from specdec.errors import ConfigError
 from specdec.trees.tree import DraftTree
@@ -56,8 +56,7 @@ class SmallModel(BaseDrafter):
                 "drafting with another tokenizer is not supported yet; leave `tokenizer` out if "
                 "the draft model has the target's"
             )
-        self._backend = TreeModel(model)
-        probe(self._backend)
+        self._backend = probed(model)
         self._vocab_size = 0
         self.reset()
 

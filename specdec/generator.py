@@ -16,7 +16,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from specdec.auto import PartsForCalls
 from specdec.backend.exchange import import_cache
 from specdec.backend.model import TreeModel
-from specdec.backend.probe import probe
+from specdec.backend.probe import probed
 from specdec.build import build_drafter
 from specdec.call import Call, past_length, prepare, take_over
 from specdec.errors import BusyError, ConfigError
@@ -40,7 +40,7 @@ class SpeculativeGenerator:
     """Generates what `model.generate` generates, several tokens a pass.
 
     Greedy text is the model's own, token for token up to floating-point ties; sampled text follows
-    the model's law exactly. The model is not changed.
+    the model's law exactly. The model is left as it was found.
 
     Args:
         model: a HuggingFace causal language model with attn_implementation "sdpa" or "eager".
@@ -53,6 +53,10 @@ class SpeculativeGenerator:
         verifier: a name ("coupled", "match", "rejection", "traversal", ...), an object or "auto".
             With a seed "auto" is coupled: the text then depends on model and seed alone.
         node_budget: draft nodes a tree, the root not counted; "auto" is 8 on a CPU, 32 elsewhere.
+        packed_weights: on a CPU, a float32 model's linear layers are run from copies of their
+            weights in a layout that multiplies several rows faster; the copies take as much memory
+            as the weights ("fp16" half of it). "auto" measures which layout is fastest, "onednn",
+            "mkl" and "fp16" name one, None runs the layers as they are.
 
     Attributes:
         stats: `DecodeStats` of the last call, None before the first.
@@ -77,12 +81,12 @@ class SpeculativeGenerator:
         policy: str | TreePolicy = "auto",
         verifier: str | Verifier = "auto",
         node_budget: int | str = "auto",
+        packed_weights: str | None = "auto",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stats: DecodeStats | None = None
-        self._backend = TreeModel(model)
-        probe(self._backend)
+        self._backend = probed(model, packed_weights)
         self._parts = PartsForCalls(
             build_drafter(drafter),
             policy,
@@ -96,6 +100,14 @@ class SpeculativeGenerator:
     def drafter(self) -> Drafter | None:
         """The drafter in use."""
         return self._parts.drafter
+
+    @property
+    def packed_weights(self) -> dict[str, Any] | None:
+        """How many layers run in which layout, and the bytes of the copies; None without any."""
+        packed = self._backend.packed
+        if packed is None:
+            return None
+        return {"layers": packed.formats, "nbytes": packed.nbytes}
 
     def generate(
         self,
@@ -180,7 +192,8 @@ class SpeculativeGenerator:
         return self._exhaust(_Session(call, self._parts, seed), None)
 
     def close(self) -> None:
-        """Leaves the model as it was found. Nothing was changed, so only memory is given back."""
+        """Gives memory back: what the drafter learned, and the packed weights."""
+        self._backend.packed = None
         if self._parts.drafter is not None:
             self._parts.drafter.reset()
 

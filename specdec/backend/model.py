@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor
 
 from specdec.backend.cache import LayerSpec, TreeCache
 from specdec.backend.masks import as_additive, tree_visibility
+from specdec.backend.packed import PackedLinears
 from specdec.backend.support import ModelTraits, read_traits
 
 
 class TreeModel:
     """A model that can be asked for the logits of trees.
 
-    It holds no state of a call: the cache is made by `new_cache` and handed in. The model itself
-    is not changed.
+    It holds no state of a call: the cache is made by `new_cache` and handed in. The model is
+    changed only while a pass runs: packed weights stand in for its linear layers then.
 
     Args:
         model: a HuggingFace causal language model with attn_implementation "sdpa" or "eager".
@@ -30,6 +32,7 @@ class TreeModel:
         self.model = model
         self.traits: ModelTraits = read_traits(model)
         self.specs: list[LayerSpec] = []  # filled by the probe, which sees the model's own cache
+        self.packed: PackedLinears | None = None
         self._keeps_logits: bool = model._supports_logits_to_keep()
 
     @property
@@ -43,6 +46,8 @@ class TreeModel:
 
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
         """Returns an empty cache for `batch_size` rows of `capacity` slots."""
+        if self.packed is not None:
+            self.packed.refresh()
         return TreeCache(self.specs, batch_size, capacity)
 
     def forward(
@@ -77,15 +82,16 @@ class TreeModel:
         arguments: dict[str, Any] = {}
         if keep is not None and self._keeps_logits:
             arguments["logits_to_keep"] = keep.to(device)
-        logits: Tensor = self.model(
-            input_ids=tokens.to(device),
-            attention_mask=self._attention_mask(cache, positions, ancestors),
-            position_ids=positions[:, -new:].to(device),
-            past_key_values=cache.hf_cache,
-            use_cache=True,
-            return_dict=True,
-            **arguments,
-        ).logits
+        with self.packed.active() if self.packed is not None else nullcontext():
+            logits: Tensor = self.model(
+                input_ids=tokens.to(device),
+                attention_mask=self._attention_mask(cache, positions, ancestors),
+                position_ids=positions[:, -new:].to(device),
+                past_key_values=cache.hf_cache,
+                use_cache=True,
+                return_dict=True,
+                **arguments,
+            ).logits
         cache.end_pass()
         if keep is not None and not self._keeps_logits:
             logits = logits[:, keep.to(logits.device)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec.backend.cache import LayerSpec
 from specdec.backend.model import TreeModel, causal_ancestors
+from specdec.backend.packed import packed_linears
 from specdec.errors import UnsupportedModelError
 from specdec.kernels.tree_mask import ancestor_matrix
 
@@ -20,6 +21,23 @@ _TOLERANCE = {
     torch.bfloat16: 1e-1,
 }
 _PREFIX = 3
+
+
+def probed(model: Any, packed_weights: str | None = "auto") -> TreeModel:
+    """Returns a model that was found to take trees, its linear layers packed where that pays.
+
+    Args:
+        model: a HuggingFace causal language model.
+        packed_weights: see `specdec.backend.packed.packed_linears`.
+
+    Raises:
+        UnsupportedModelError: if the model cannot take trees.
+        ConfigError: for an unknown format of packed weights.
+    """
+    backend = TreeModel(model)
+    probe(backend)
+    backend.packed = packed_linears(model, packed_weights)
+    return backend
 
 
 @torch.no_grad()

@@ -1,0 +1,95 @@
+"""Weight layouts in which a CPU multiplies few rows faster than `torch.nn.functional.linear`.
+
+Each gives float32 results of float32 arithmetic; they differ from `linear` in the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# float32's unit roundoff: a change of the weights below it drowns in the rounding of the products
+_ROUNDOFF = 2.0**-24
+
+
+class PackedWeight(NamedTuple):
+    """A weight in another layout.
+
+    Attributes:
+        run: ``[..., K]`` float32 to ``[..., N]``, the bias added.
+        nbytes: what the layout takes, beside the model's own weight.
+    """
+
+    run: Callable[[Tensor], Tensor]
+    nbytes: int
+
+
+def pack_onednn(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
+    """Returns the weight in oneDNN's blocked layout, None where torch has no oneDNN.
+
+    On AMD and ARM it is far ahead of `linear` for 2 to 64 rows, since it uses all threads there;
+    its rows do not depend on how many others are multiplied with them.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return None
+    # the row count is a hint: a weight packed for 8 rows is right for any number
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+    multiply: Any = torch.ops.mkldnn._linear_pointwise.default
+
+    def run(rows: Tensor) -> Tensor:
+        product: Tensor = multiply(rows, packed, bias, "none", [], "")
+        return product
+
+    return PackedWeight(run, weight.nbytes)
+
+
+def pack_mkl(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
+    """Returns the weight in MKL's packed layout, None where torch has no MKL.
+
+    The packed tensor must never be cloned: its data depend on their own address.
+    """
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return None
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, 8)
+    multiply: Any = torch.ops.mkl._mkl_linear.default
+    shape_only = weight.new_zeros(1).expand(weight.shape)
+
+    def run(rows: Tensor) -> Tensor:
+        # only with the actual row count does the operator look at the packed weight
+        count = rows.numel() // rows.shape[-1]
+        product: Tensor = multiply(rows, packed, shape_only, bias, count)
+        return product
+
+    return PackedWeight(run, weight.nbytes)
+
+
+def pack_fp16(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
+    """Returns the weight as float16 for FBGEMM, None if float16 or this torch cannot hold it.
+
+    Products and sums are float32 all the same; what is halved is the memory read for each pass.
+    Weights of a checkpoint in float16 or bfloat16 fit, apart from bfloat16's tiniest values:
+    accepted is a change below float32's unit roundoff, relative to the matrix (Frobenius norm).
+    """
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        return None
+    change = torch.linalg.vector_norm(weight.to(torch.float16).float() - weight)
+    if not change <= _ROUNDOFF * torch.linalg.vector_norm(weight):
+        return None
+    packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
+    multiply: Any = torch.ops.quantized.linear_dynamic_fp16.default
+
+    def run(rows: Tensor) -> Tensor:
+        product: Tensor = multiply(rows, packed)
+        return product
+
+    return PackedWeight(run, weight.nbytes // 2)
+
+
+FORMATS: dict[str, Callable[[Tensor, Tensor | None], PackedWeight | None]] = {
+    "fp16": pack_fp16,
+    "onednn": pack_onednn,
+    "mkl": pack_mkl,
+}

@@ -1,0 +1,316 @@
+"""The linear layers of a float32 model on a CPU, run from packed weights during our passes only."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from specdec.backend.linear_formats import FORMATS, PackedWeight
+from specdec.errors import ConfigError
+
+_SMALLEST = 1 << 16  # entries of a weight below which a call costs more than its products
+_TIMED_ROWS = (1, 8)
+_TIMED_WEIGHTS = 3  # of one shape, in turn, so that the caches of the CPU do not hold them all
+_REPEATS = 5
+_TOLERANCE = 1e-5  # of a packed product, relative to the largest one
+_SHARE_OF_MEMORY = 0.5  # of what is free, that packed weights may take unasked
+
+
+class PackedLinears:
+    """Packed copies of a model's linear layers, put in place of their `forward` by `active`.
+
+    Layers that are handed the same tensor (queries, keys and values; gate and up) become one
+    product. A layer is left alone if it is no plain `torch.nn.Linear` of float32 on a CPU, or if
+    someone else has replaced its `forward` (accelerate's offloading, for one).
+
+    The model is as it was found outside `active`. Weights that were written to or replaced since
+    (an adapter merged, a checkpoint loaded) are noticed by `refresh`.
+
+    Args:
+        model: a HuggingFace model.
+        form: a name in `linear_formats.FORMATS`, or "auto": for each shape the fastest in a short
+            measurement, `linear` included.
+    """
+
+    def __init__(self, model: nn.Module, form: str) -> None:
+        self._form = form
+        self._lock = threading.Lock()
+        self._users = 0
+        joined = (_Group(members) for members in _shared_inputs(model))
+        self._groups = [group for group in joined if group.num_entries >= _SMALLEST]
+        self._chosen: dict[tuple[int, int], str | None] = {}
+        self.refresh()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weights, beside the model's own."""
+        return sum(group.packed.nbytes for group in self._groups if group.packed is not None)
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """How many layers run in each format; "linear" are those measured not to gain."""
+        count: dict[str, int] = {}
+        for group in self._groups:
+            name = self._chosen[group.shape] if group.packed is not None else None
+            count[name or "linear"] = count.get(name or "linear", 0) + len(group.members)
+        return count
+
+    def refresh(self) -> None:
+        """Packs what was not packed yet, or has changed since."""
+        stale = [group for group in self._groups if group.is_stale()]
+        for shape in {group.shape for group in stale} - self._chosen.keys():
+            alike = [group for group in stale if group.shape == shape]
+            self._chosen[shape] = _fastest(alike) if self._form == "auto" else self._form
+        for group in stale:
+            group.pack(self._chosen[group.shape])
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Puts the packed products in place; several users at once are counted."""
+        if torch.is_autocast_enabled("cpu"):
+            yield
+            return
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                for group in self._groups:
+                    group.install()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    for group in self._groups:
+                        group.remove()
+
+
+_known: WeakKeyDictionary[nn.Module, ref[PackedLinears]] = WeakKeyDictionary()
+
+
+def packed_linears(model: Any, form: str | None = "auto") -> PackedLinears | None:
+    """Returns a model's packed layers, shared by all who ask for them; None if there are none.
+
+    Args:
+        model: a HuggingFace model.
+        form: "auto", the name of a format, or None for the model's own layers.
+
+    Raises:
+        ConfigError: for an unknown format.
+    """
+    if form is not None and form != "auto" and form not in FORMATS:
+        raise ConfigError(
+            f"packed_weights must be 'auto', None, or one of {', '.join(map(repr, FORMATS))}; "
+            f"got {form!r}"
+        )
+    if form is None or not isinstance(model, nn.Module):
+        return None
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        return None  # the compiler has taken the layers over
+    known = _known.get(model, lambda: None)()
+    if known is not None and known._form == form:
+        return known
+    total = sum(module.weight.nbytes for module in _packable(model))
+    if total < _SMALLEST * 4:
+        return None
+    if form == "auto" and total > _SHARE_OF_MEMORY * psutil.virtual_memory().available:
+        return None
+    made = PackedLinears(model, form)
+    _known[model] = ref(made)
+    return made
+
+
+@dataclass(eq=False)
+class _Group:
+    """Layers that are handed the same tensor: one product, cut into their outputs."""
+
+    members: list[nn.Linear]
+    packed: PackedWeight | None = None
+    _seen: list[tuple[int, int]] = field(default_factory=list)
+    _input: Tensor | None = None
+    _outputs: tuple[Tensor, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the joined weight."""
+        return sum(m.out_features for m in self.members), self.members[0].in_features
+
+    @property
+    def num_entries(self) -> int:
+        """Entries of the joined weight."""
+        return sum(m.weight.numel() for m in self.members)
+
+    def is_stale(self) -> bool:
+        """Returns whether a weight is another than the one that was packed."""
+        return self._seen != self._versions()
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the joined weight and bias."""
+        weights = [m.weight.detach() for m in self.members]
+        biases = [m.bias.detach() for m in self.members if m.bias is not None]
+        if len(weights) == 1:
+            return weights[0].contiguous(), biases[0] if biases else None
+        return torch.cat(weights), torch.cat(biases) if biases else None
+
+    def pack(self, form: str | None) -> None:
+        """Packs the weights as they are now; to None where the format cannot hold them."""
+        self._seen = self._versions()
+        self.packed = None
+        if form is not None and all(_is_packable(m) for m in self.members):
+            weight, bias = self.weights()
+            packed = FORMATS[form](weight, bias)
+            self.packed = packed if packed is not None and _agrees(packed, weight, bias) else None
+
+    def install(self) -> None:
+        """Replaces the `forward` of the layers."""
+        if self.packed is None:
+            return
+        first, *others = self.members
+        if not others:
+            first.__dict__["forward"] = partial(self._alone, first)
+            return
+        first.__dict__["forward"] = partial(self._first, first)
+        for place, member in enumerate(others, start=1):
+            member.__dict__["forward"] = partial(self._later, member, place)
+
+    def remove(self) -> None:
+        """Gives the layers their own `forward` back."""
+        for member in self.members:
+            own = member.__dict__.get("forward")
+            if isinstance(own, partial) and getattr(own.func, "__self__", None) is self:
+                del member.__dict__["forward"]
+        self._input, self._outputs = None, ()
+
+    def _alone(self, member: nn.Linear, rows: Tensor) -> Tensor:
+        if self.packed is None or torch.is_grad_enabled():
+            return linear(rows, member.weight, member.bias)
+        return self.packed.run(rows)
+
+    def _first(self, member: nn.Linear, rows: Tensor) -> Tensor:
+        if self.packed is None or torch.is_grad_enabled():
+            return linear(rows, member.weight, member.bias)
+        sizes = [m.out_features for m in self.members]
+        self._outputs = torch.split(self.packed.run(rows), sizes, dim=-1)
+        self._input = rows
+        return self._outputs[0]
+
+    def _later(self, member: nn.Linear, place: int, rows: Tensor) -> Tensor:
+        if rows is not self._input:
+            return linear(rows, member.weight, member.bias)
+        output = self._outputs[place]
+        if place == len(self.members) - 1:
+            self._input, self._outputs = None, ()
+        return output
+
+    def _versions(self) -> list[tuple[int, int]]:
+        tensors = [t for m in self.members for t in (m.weight, m.bias) if t is not None]
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+class _LinearCall(NamedTuple):
+    """A call of a layer in a pass; `rows` is kept alive, so that no other tensor takes its name."""
+
+    layer: nn.Linear
+    rows: Tensor
+    version: int
+
+    def joins(self, other: _LinearCall) -> bool:
+        """Returns whether both were handed the same tensor with the same contents."""
+        alike = (self.layer.bias is None) == (other.layer.bias is None)
+        return alike and self.rows is other.rows and self.version == other.version
+
+
+def _is_packable(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
+        return False
+    weight = module.weight
+    plain = type(weight) is nn.Parameter and weight.device.type == "cpu"
+    return plain and weight.dtype == torch.float32
+
+
+def _packable(model: nn.Module) -> list[nn.Linear]:
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and _is_packable(m)]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _shared_inputs(model: nn.Module) -> list[list[nn.Linear]]:
+    """Returns the packable layers; those that a pass hands the same tensor stand together."""
+    calls: list[_LinearCall] = []
+    layers = _packable(model)
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args: calls.append(_LinearCall(module, args[0], args[0]._version))
+        )
+        for layer in layers
+    ]
+    try:
+        model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    times_called = Counter(call.layer for call in calls)
+    groups: list[list[nn.Linear]] = []
+    last: _LinearCall | None = None
+    for call in calls:
+        if times_called[call.layer] > 1:
+            last = None
+            continue
+        if last is not None and call.joins(last):
+            groups[-1].append(call.layer)
+        else:
+            groups.append([call.layer])
+        last = call
+    joined = {layer for group in groups for layer in group}
+    return groups + [[layer] for layer in layers if layer not in joined]
+
+
+def _agrees(packed: PackedWeight, weight: Tensor, bias: Tensor | None) -> bool:
+    """Returns whether a packed product is the product, for one row and for several."""
+    rows = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    expected = linear(rows, weight, bias)
+    bound = _TOLERANCE * float(expected.abs().max())
+    return all(
+        float((packed.run(rows[:count]) - expected[:count]).abs().max()) <= bound
+        for count in (1, 5)
+    )
+
+
+def _fastest(groups: Sequence[_Group]) -> str | None:
+    """Returns the format in which weights of one shape take least time, None for `linear`."""
+    sample = [group.weights() for group in groups[:_TIMED_WEIGHTS]]
+    ways: dict[str | None, list[Callable[[Tensor], Tensor]]] = {
+        None: [partial(linear, weight=weight, bias=bias) for weight, bias in sample]
+    }
+    for name, pack in FORMATS.items():
+        packed = [pack(weight, bias) for weight, bias in sample]
+        runs = [p.run for p in packed if p is not None]
+        if len(runs) == len(sample):
+            ways[name] = runs
+    inputs = [torch.ones(count, groups[0].shape[1]) for count in _TIMED_ROWS]
+    best: dict[str | None, list[float]] = dict.fromkeys(ways, [math.inf] * len(inputs))
+    for _ in range(_REPEATS):
+        for way, runs in ways.items():
+            taken = [_seconds(runs, rows) for rows in inputs]
+            best[way] = [min(a, b) for a, b in zip(best[way], taken, strict=True)]
+    return min(best, key=lambda name: sum(best[name]))
+
+
+def _seconds(runs: Sequence[Callable[[Tensor], Tensor]], rows: Tensor) -> float:
+    begin = time.perf_counter()
+    for run in runs:
+        run(rows)
+    return time.perf_counter() - begin
