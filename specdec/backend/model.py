@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from specdec.backend.attention import GROUPED, attention_of, pays
 from specdec.backend.cache import LayerSpec, TreeCache
 from specdec.backend.masks import as_additive, tree_visibility
 from specdec.backend.packed import PackedLinears
@@ -33,6 +34,9 @@ class TreeModel:
         self.traits: ModelTraits = read_traits(model)
         self.specs: list[LayerSpec] = []  # filled by the probe, which sees the model's own cache
         self.packed: PackedLinears | None = None
+        # the probe goes back to the model's own attention if this one does not serve
+        self.attention: str | None = GROUPED if pays(self.device, self.traits.attention) else None
+        self._config = model.config.get_text_config(decoder=True)
         self._keeps_logits: bool = model._supports_logits_to_keep()
 
     @property
@@ -82,7 +86,7 @@ class TreeModel:
         arguments: dict[str, Any] = {}
         if keep is not None and self._keeps_logits:
             arguments["logits_to_keep"] = keep.to(device)
-        with self.packed.active() if self.packed is not None else nullcontext():
+        with self._pass(masked=ancestors is not None):
             logits: Tensor = self.model(
                 input_ids=tokens.to(device),
                 attention_mask=self._attention_mask(cache, positions, ancestors),
@@ -97,6 +101,13 @@ class TreeModel:
             logits = logits[:, keep.to(logits.device)]
         return logits
 
+    @contextmanager
+    def _pass(self, *, masked: bool) -> Iterator[None]:
+        """Has the model run with our linear layers, and with our attention under our masks."""
+        packed = self.packed.active() if self.packed is not None else nullcontext()
+        with packed, attention_of(self._config, self.attention if masked else None):
+            yield
+
     def _attention_mask(
         self, cache: TreeCache, positions: Tensor, ancestors: Tensor | None
     ) -> Tensor | dict[str, Tensor] | None:
@@ -105,7 +116,7 @@ class TreeModel:
 
         def mask(window: int | None) -> Tensor:
             visible = tree_visibility(cache.lengths, ancestors, positions, cache.visible, window)
-            if self.traits.attention == "eager":
+            if self.traits.attention == "eager" or self.attention is not None:
                 visible = as_additive(visible, self.model.dtype)
             return visible.to(self.device)
 

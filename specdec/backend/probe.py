@@ -62,10 +62,15 @@ def probe(backend: TreeModel) -> None:
         [left_path[3], left_path[4], right_path[4], right_path[5], right_path[6]]
     )
 
-    error = _relative_error(
-        _tree_logits(backend, [a, b, c], [root, left, right, below], after), expected
-    )
+    def error_of_tree() -> float:
+        logits = _tree_logits(backend, [a, b, c], [root, left, right, below], after)
+        return _relative_error(logits, expected)
+
     tolerance = _TOLERANCE.get(expected.dtype, 1e-1)
+    error = error_of_tree()
+    if not error <= tolerance and backend.attention is not None:
+        backend.attention = None
+        error = error_of_tree()
     if not error <= tolerance:
         hint = (
             " (the model is in training mode: call model.eval())" if backend.model.training else ""
