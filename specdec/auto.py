@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from specdec.budget import AutoBudget, FixedBudget, NodeBudget
 from specdec.build import build_policy, build_verifier, check_draws
 from specdec.call import Call
+from specdec.cost import PassCost
 from specdec.loop import Parts
 from specdec.types import Drafter, Draw, TreePolicy, Verifier
 
@@ -24,7 +26,11 @@ class PartsForCalls:
         drafter: None for plain decoding.
         policy: a name, an object or "auto".
         verifier: a name, an object or "auto".
-        node_budget: draft nodes a tree.
+        node_budget: draft nodes a tree, or "auto".
+        fixed_nodes: what "auto" means where a tree's size cannot follow the costs: its nodes are
+            drawn, or drafting is itself a model's pass.
+        cost: of the target's passes; None where trees shall have `fixed_nodes`.
+        max_rows: the most nodes of all trees of a pass together.
 
     Raises:
         ConfigError: for an unknown name, or a policy whose draw law the verifier does not accept.
@@ -35,10 +41,16 @@ class PartsForCalls:
         drafter: Drafter | None,
         policy: str | TreePolicy,
         verifier: str | Verifier,
-        node_budget: int,
+        node_budget: int | str,
+        *,
+        fixed_nodes: int = 8,
+        cost: PassCost | None = None,
+        max_rows: int = 1024,
     ) -> None:
         self.drafter = drafter
-        self.node_budget = node_budget
+        self._fixed = FixedBudget(fixed_nodes if isinstance(node_budget, str) else node_budget)
+        follows = isinstance(node_budget, str) and cost is not None
+        self._costed = AutoBudget(cost, max_rows=max_rows) if follows and cost else None
         self._policy = None if policy == "auto" else build_policy(policy)
         self._verifier = None if verifier == "auto" else build_verifier(verifier)
         # policies learn, so the same objects serve every call
@@ -60,14 +72,21 @@ class PartsForCalls:
                     "that keeps state would see them. verifier='coupled' never does so",
                     verifier.name,
                 )
-            self._made[names] = Parts(self.drafter, policy, verifier, self.node_budget)
+            self._made[names] = Parts(self.drafter, policy, verifier, self._budget(policy))
             if self.drafter is not None and (self._policy is None or self._verifier is None):
                 logger.info("auto: policy %s, verifier %s", policy.name, verifier.name)
         return self._made[names]
 
-    def with_drafter(self, drafter: Drafter, policy: TreePolicy, node_budget: int) -> PartsForCalls:
+    def with_drafter(self, drafter: Drafter, policy: TreePolicy, nodes: int) -> PartsForCalls:
         """Returns parts with another drafter, the verifier chosen as before."""
-        return PartsForCalls(drafter, policy, self._verifier or "auto", node_budget)
+        return PartsForCalls(drafter, policy, self._verifier or "auto", nodes)
+
+    def _budget(self, policy: TreePolicy) -> NodeBudget:
+        cuttable = policy.draws <= {Draw.POINT, Draw.COUPLED}
+        cheap = self.drafter is not None and not self.drafter.honest
+        if self._costed is not None and cuttable and cheap:
+            return self._costed
+        return self._fixed
 
     def _names(self, greedy: bool, walk: bool) -> tuple[str, str]:
         """Returns policy and verifier; `walk` wants a rule that walks down, with keyed noise."""

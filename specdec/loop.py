@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from specdec.backend.cache import TreeCache
 from specdec.backend.support import PositionLimit
+from specdec.budget import NodeBudget
 from specdec.build import names_of
 from specdec.call import Call
 from specdec.errors import ConfigError
@@ -45,7 +47,7 @@ class Parts:
     drafter: Drafter | None
     policy: TreePolicy
     verifier: Verifier
-    node_budget: int
+    budget: NodeBudget
 
 
 class DecodeLoop:
@@ -134,6 +136,7 @@ class DecodeLoop:
             if drafter is not None:
                 for row in self._active:
                     drafter.stop(row.index)
+                    self._parts.budget.stop(row.index)
 
     def run_last_tokens(self) -> None:
         """Brings the last token of rows that ended before others into the cache.
@@ -183,7 +186,11 @@ class DecodeLoop:
     def _step(self, steps: list[Step]) -> None:
         active = list(self._active)
         with self._stats.timed("draft"):
+            begin = time.perf_counter()
             trees = self._draft(active)
+            context = sum(self._target.lengths) / len(active)
+            rows = [row.index for row in active]
+            trees = self._parts.budget.cut(rows, trees, context, time.perf_counter() - begin)
         with self._stats.timed("target"):
             logits = self._target.score(trees)
             self._stats.target_passes += 1
@@ -202,11 +209,13 @@ class DecodeLoop:
                     outcome = StepOutcome(step.row, step.tree, step.path, step.tokens, row_logits)
                     self._parts.drafter.observe(outcome)
                     self._parts.policy.observe(outcome)
+                    self._parts.budget.observe(outcome)
         self._retire()
 
     def _draft(self, active: list[Row]) -> list[DraftTree]:
         parts = self._parts
-        budgets = [self._budget(row) for row in active]
+        nodes = parts.budget.most(len(active)) if parts.drafter is not None else 0
+        budgets = [self._budget(row, nodes) for row in active]
         trees = [DraftTree.root_only(row.tokens[-1]) for row in active]
         if parts.drafter is None:
             return trees
@@ -234,15 +243,15 @@ class DecodeLoop:
             trees[i] = tree
         return trees
 
-    def _budget(self, row: Row) -> Budget:
+    def _budget(self, row: Row, nodes: int) -> Budget:
         """Returns the row's budget: no deeper than the text may still become."""
-        depth = self._parts.node_budget
+        depth = nodes
         remaining = row.stopper.remaining(row.prefix.length)
         if remaining is not None:
             depth = min(depth, remaining - 1)
         if self._positions is not None:
             depth = min(depth, self._positions.num_positions - 1 - row.root_position)
-        return Budget(self._parts.node_budget, max(depth, 0))
+        return Budget(nodes, max(depth, 0))
 
     def _verify(self, row: Row, tree: DraftTree, logits: Tensor, steps: list[Step]) -> None:
         """Lets the verifier decide; adds to `steps` what became text, also when it raises."""
@@ -279,4 +288,5 @@ class DecodeLoop:
                 self._target.cache.retire(place)
                 if self._parts.drafter is not None:
                     self._parts.drafter.stop(self.places[place].index)
+                    self._parts.budget.stop(self.places[place].index)
                 self.places[place], self.places[last] = self.places[last], self.places[place]

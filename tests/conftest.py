@@ -34,6 +34,16 @@ def _same_number_of_threads() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
+@pytest.fixture(autouse=True)
+def _same_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Automatic budgets go by one table of costs, whatever the machine and its load."""
+    from specdec import generator
+    from specdec.cost import PassCost
+
+    table = PassCost(rows=(1, 65), contexts=(64,), seconds=((1.0, 1.5),))
+    monkeypatch.setattr(generator, "pass_cost", lambda backend: table)
+
+
 @pytest.fixture(scope="session")
 def demo_model_path() -> Path:
     """The folder of SmolLM2-135M-Instruct, fetched on first use; mark its tests `model`."""

@@ -84,7 +84,7 @@ class CoupledBestFirst(BasePolicy):
 
     def observe(self, outcome: StepOutcome) -> None:
         """Fits the estimate to what the target chose at the nodes it came by."""
-        noted = self._out.pop(outcome.tree, {})
+        noted = self._out.pop(outcome.tree.grown or outcome.tree, {})
         nodes = [0, *outcome.path]
         for node, token in zip(nodes, outcome.emitted, strict=False):
             candidates = noted.get(outcome.tree.handles[node] if outcome.tree.handles else -1)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,7 @@ class DraftTree:
             Drawings and cost models read it, no acceptance rule does.
         handles: what the draft law calls each node, so that drafter and policy find what they
             noted about it; None for a tree that was not grown from a law.
+        grown: the tree that this one was cut from; None if nothing was cut.
 
     Raises:
         TreeError: if any of this does not hold.
@@ -49,6 +51,7 @@ class DraftTree:
     q: LawRows | None = None
     chances: Tensor | None = None
     handles: tuple[int, ...] | None = None
+    grown: DraftTree | None = None
 
     @classmethod
     def from_lists(
@@ -186,6 +189,45 @@ class DraftTree:
     def kinds(self) -> frozenset[Draw]:
         """The draw laws that occur among the drafted nodes."""
         return frozenset(Draw(draw) for draw in self.draw_list[1:])
+
+    @cached_property
+    def path_chances(self) -> np.ndarray:
+        """``[N]`` float64 products of `chances` along the paths; an unknown one counts as even."""
+        own = [0.5 if math.isnan(chance) else chance for chance in self.chance_list]
+        products = np.ones(len(self))
+        for node, parent in enumerate(self.parent_list[1:], start=1):
+            products[node] = products[parent] * own[node]
+        return products
+
+    def cut(self, nodes: Sequence[int]) -> DraftTree:
+        """Returns the tree of the root and some other nodes, in their old order.
+
+        Lossless for nodes that are point masses, and for any choice that does not look at the
+        token of a node drawn from a law.
+
+        Args:
+            nodes: what stays; the parent of each stays too. The root need not be named.
+
+        Raises:
+            TreeError: if a parent would be missing.
+        """
+        kept = sorted({0, *map(int, nodes)})
+        places = {node: place for place, node in enumerate(kept)}
+        missing = [node for node in kept[1:] if self.parent_list[node] not in places]
+        if missing:
+            raise TreeError(f"nodes {missing} would stay without their parents")
+        index = torch.tensor(kept)
+        parents = [-1, *(places[self.parent_list[node]] for node in kept[1:])]
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            parents=torch.tensor(parents, dtype=torch.int32),
+            draws=self.draws[index],
+            q_row=self.q_row[index],
+            chances=None if self.chances is None else self.chances[index],
+            handles=None if self.handles is None else tuple(self.handles[node] for node in kept),
+            grown=self.grown or self,
+        )
 
     def path_to(self, node: int) -> list[int]:
         """Returns the nodes from the first level down to `node`, the root not included."""

@@ -1,0 +1,239 @@
+"""How many nodes a tree may have: a fixed number, or what measured costs say is worth it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from scipy.optimize import isotonic_regression
+
+from specdec.cost import PassCost
+from specdec.trees.tree import DraftTree
+from specdec.types import StepOutcome
+
+_EDGES = np.array([0.005, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.6, 0.75, 0.87, 0.95])
+_PRIOR_TRIALS = 0.3
+_PRIOR_TRUST = 0.5  # of a chance that the drafter claims, before any was put to the test
+_MEMORY = 0.95  # for each step: a text changes its kind every few dozen tokens
+_ROW_MEMORY = 0.9
+_ROW_TRIALS = 2.0  # accepted tokens that a row's own record must outweigh
+_FIRST_NODES = 4
+_FEWEST_GROWN = 8
+_EXPLORATION = 0.01  # of the time, to learn whether a drafter that does not pay pays again
+_PATIENCE = 3  # steps without a node worth its cost before drafting itself is left out
+
+
+class NodeBudget(Protocol):
+    """Decides the size of the trees of one step.
+
+    Attributes:
+        setting: what statistics call it.
+        max_nodes: the most draft nodes it ever lets a tree have.
+    """
+
+    setting: int | str
+    max_nodes: int
+
+    def most(self, num_rows: int) -> int:
+        """Returns how many draft nodes to grow for each row; 0: do not draft."""
+        ...
+
+    def cut(
+        self, rows: Sequence[int], trees: Sequence[DraftTree], context: float, seconds: float
+    ) -> list[DraftTree]:
+        """Returns the trees to score.
+
+        Args:
+            rows: the numbers of the rows.
+            trees: what was grown for them.
+            context: mean tokens of the prefixes.
+            seconds: what drafting took.
+        """
+        ...
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learns from a finished step of one row."""
+        ...
+
+    def stop(self, row: int) -> None:
+        """Forgets a row; another text may come under its number."""
+        ...
+
+
+class FixedBudget:
+    """The same number of nodes in every step.
+
+    Args:
+        nodes: draft nodes a tree, at least 1.
+    """
+
+    def __init__(self, nodes: int) -> None:
+        self.setting: int | str = nodes
+        self.max_nodes = nodes
+
+    def most(self, num_rows: int) -> int:
+        """Returns the number."""
+        return self.max_nodes
+
+    def cut(
+        self, rows: Sequence[int], trees: Sequence[DraftTree], context: float, seconds: float
+    ) -> list[DraftTree]:
+        """Returns the trees as they are."""
+        return list(trees)
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learns nothing."""
+
+    def stop(self, row: int) -> None:
+        """Has nothing to forget."""
+
+
+class AutoBudget:
+    """Scores as many nodes as give the most tokens a second, none if plain decoding is faster.
+
+    The chances that drafter and policy claim for the paths of a tree are counted against what
+    became of them, in buckets, with a short memory; a row that does better or worse than the
+    buckets say has a factor of its own. The trees of a step are cut to the common width n that
+    maximises (rows + expected accepted nodes) / (draft time + t(rows x (n + 1), context)).
+
+    Cutting the least likely nodes off is lossless for nodes that are point masses or chosen with
+    the keyed noise: such a tree may depend on anything but the target's coins. Nodes drawn from a
+    law must not be cut by what they hold; use `FixedBudget` with those.
+
+    The best n is 0 for as long as a drafter guesses badly; after a few such steps it is not even
+    asked, but for a try now and then that costs no more than 1 % of the time. A new or improving
+    drafter gets more nodes by doubling.
+
+    Source: the objective is that of Sequoia (arXiv 2402.12374, section 3.3) and SmartSpec (arXiv
+    2406.14066), per step and with n = 0 allowed.
+
+    Args:
+        cost: seconds of a pass.
+        max_nodes: the largest tree.
+        max_rows: the most nodes of all trees of a pass together, for the memory of their logits.
+        draft_seconds: what drafting a step costs; None to go by the clock.
+    """
+
+    def __init__(
+        self,
+        cost: PassCost,
+        max_nodes: int = 32,
+        max_rows: int = 1024,
+        draft_seconds: float | None = None,
+    ) -> None:
+        self.setting: int | str = "auto"
+        self.max_nodes = max_nodes
+        self._cost = cost
+        self._max_rows = max_rows
+        self._fixed_draft_seconds = draft_seconds
+        self._draft_seconds = draft_seconds or 0.0
+        self._hits = np.zeros(len(_EDGES) + 1)
+        self._trials = np.zeros(len(_EDGES) + 1)
+        bounds = np.concatenate([[0.0], _EDGES, [1.0]])
+        self._prior = _PRIOR_TRUST * (bounds[1:] + bounds[:-1]) / 2
+        self._shares: np.ndarray | None = None  # what the counts say, until they change
+        self._records: dict[int, list[float]] = {}  # a row's accepted nodes, and those expected
+        self._allowed = _FIRST_NODES
+        self._last_width = _FIRST_NODES
+        self._steps_without = 0
+        self._waiting = 0
+        self._exploring = False
+
+    def most(self, num_rows: int) -> int:
+        """Returns twice what was worth it last, within limits; 0 while it waits to try again."""
+        if self._waiting > 0:
+            self._waiting -= 1
+            return 0
+        self._exploring = self._steps_without >= _PATIENCE
+        fitting = self._max_rows // max(num_rows, 1) - 1
+        grown = max(2 * self._last_width, _FEWEST_GROWN)
+        return max(0, min(self.max_nodes, fitting, grown))
+
+    def cut(
+        self, rows: Sequence[int], trees: Sequence[DraftTree], context: float, seconds: float
+    ) -> list[DraftTree]:
+        """Returns the trees without the nodes that are not worth their time."""
+        widest = max(tree.num_drafted for tree in trees)
+        if widest == 0:
+            return list(trees)
+        self._note_draft(seconds)
+        chances = [tree.path_chances[1:] for tree in trees]
+        orders = [np.argsort(-own, kind="stable") for own in chances]
+        expected = np.zeros((len(trees), widest + 1))
+        for place, (row, own, order) in enumerate(zip(rows, chances, orders, strict=True)):
+            gains = np.cumsum(self.realised(own[order])) * self._factor(row)
+            expected[place, 1 : len(gains) + 1] = gains
+            expected[place, len(gains) + 1 :] = gains[-1] if len(gains) else 0.0
+        widths = np.arange(min(widest, self._allowed) + 1)
+        emitted = len(trees) + expected[:, widths].sum(axis=0)
+        passes = self._cost.of(len(trees) * (widths + 1), context)
+        rates = emitted / (self._draft_seconds + passes)
+        width = int(np.argmax(rates))
+        self._decide(float(len(trees) / passes[0]), float(rates[width]), width, passes)
+        width = max(width, 1) if self._exploring else width
+        self._last_width = max(width, 1)
+        return [
+            tree if tree.num_drafted <= width else tree.cut((1 + order[:width]).tolist())
+            for tree, order in zip(trees, orders, strict=True)
+        ]
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Counts which of the scored nodes became text."""
+        tree = outcome.tree
+        if tree.num_drafted == 0:
+            return
+        chances = tree.path_chances[1:]
+        became_text = np.zeros(len(chances))
+        became_text[[node - 1 for node in outcome.path]] = 1.0
+        buckets = np.searchsorted(_EDGES, chances)
+        expected = float(self.realised(chances).sum())
+        self._hits *= _MEMORY
+        self._trials *= _MEMORY
+        self._shares = None
+        np.add.at(self._hits, buckets, became_text)
+        np.add.at(self._trials, buckets, 1.0)
+        accepted = len(outcome.path)
+        record = self._records.setdefault(outcome.row, [0.0, 0.0])
+        record[0] = _ROW_MEMORY * record[0] + accepted
+        record[1] = _ROW_MEMORY * record[1] + expected
+        if accepted and tree.num_drafted >= self._allowed:
+            self._allowed = min(2 * self._allowed, self.max_nodes)
+
+    def stop(self, row: int) -> None:
+        """Drops a row's own record; another text may come under its number."""
+        self._records.pop(row, None)
+
+    def realised(self, chances: np.ndarray) -> np.ndarray:
+        """Returns the share of nodes of such claimed chances that became text, by the counts."""
+        if self._shares is None:
+            weights = self._trials + _PRIOR_TRIALS
+            counted = (self._hits + _PRIOR_TRIALS * self._prior) / weights
+            # a larger chance is not claimed for a worse node, so buckets learn from each other
+            self._shares = isotonic_regression(counted, weights=weights).x
+        shares: np.ndarray = self._shares[np.searchsorted(_EDGES, chances)]
+        return shares
+
+    def _factor(self, row: int) -> float:
+        accepted, expected = self._records.get(row, (0.0, 0.0))
+        return (accepted + _ROW_TRIALS) / (expected + _ROW_TRIALS)
+
+    def _note_draft(self, seconds: float) -> None:
+        if self._fixed_draft_seconds is None:
+            # a pause of the machine is not a cost of drafting
+            bound = 4 * self._draft_seconds if self._draft_seconds else math.inf
+            self._draft_seconds += 0.1 * (min(seconds, bound) - self._draft_seconds)
+
+    def _decide(self, plain: float, best: float, width: int, passes: np.ndarray) -> None:
+        """Counts steps in which drafting did not pay, and says how long to leave it out."""
+        if width > 0 and best > plain:
+            self._steps_without = 0
+            return
+        self._steps_without += 1
+        if self._steps_without < _PATIENCE:
+            return
+        one = passes[min(1, len(passes) - 1)]
+        loss = self._draft_seconds + float(one - passes[0])
+        cap = math.ceil(loss / (_EXPLORATION * float(passes[0])))
+        self._waiting = min(2 ** min(self._steps_without - _PATIENCE, 16), cap)

@@ -1,0 +1,204 @@
+"""What a pass of the target costs: measured once on this machine, then looked up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from specdec.backend.model import TreeModel, causal_ancestors
+from specdec.cache_dir import default_cache_dir
+from specdec.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+_CONTEXTS = (64, 768)
+_ROUNDS = 3
+_SECONDS = 4.0  # no further round is begun after this long
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Seconds of one pass, by how many nodes it scores and how long the prefixes are.
+
+    Attributes:
+        rows: nodes of all trees of the pass together, ascending.
+        contexts: tokens before them, ascending.
+        seconds: one list for each context, one entry for each of `rows`.
+
+    Raises:
+        ConfigError: if the lengths do not fit, or a number is not positive.
+    """
+
+    rows: tuple[int, ...]
+    contexts: tuple[int, ...]
+    seconds: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        shapes = [len(of_context) for of_context in self.seconds]
+        if not self.rows or shapes != [len(self.rows)] * len(self.contexts):
+            raise ConfigError(
+                f"a cost table needs {len(self.contexts)} lists of {len(self.rows)} seconds, got "
+                f"lists of {shapes}"
+            )
+        rising = list(self.rows) == sorted(set(self.rows))
+        if not rising or list(self.contexts) != sorted(set(self.contexts)):
+            raise ConfigError("rows and contexts of a cost table must ascend")
+        if not all(second > 0 for of_context in self.seconds for second in of_context):
+            raise ConfigError("the seconds of a cost table must be positive")
+
+    def of(self, rows: np.ndarray, context: float) -> np.ndarray:
+        """Returns seconds for numbers of nodes, linear between and beyond the measured points.
+
+        Args:
+            rows: any shape, at least 1.
+            context: tokens before the trees; the mean over a batch's rows.
+        """
+        near, far = self._of_context(rows, 0), self._of_context(rows, len(self.contexts) - 1)
+        if len(self.contexts) == 1:
+            return near
+        share = (context - self.contexts[0]) / (self.contexts[-1] - self.contexts[0])
+        # a longer prefix is never cheaper, whatever the noise of the measurement said
+        costs: np.ndarray = near + max(share, 0.0) * np.maximum(far - near, 0.0)
+        return costs
+
+    def _of_context(self, rows: np.ndarray, index: int) -> np.ndarray:
+        # more nodes are never cheaper either
+        seconds = np.maximum.accumulate(self.seconds[index])
+        costs: np.ndarray = np.interp(rows, self.rows, seconds)
+        if len(self.rows) > 1:
+            slope = (seconds[-1] - seconds[-2]) / (self.rows[-1] - self.rows[-2])
+            costs = costs + np.maximum(np.asarray(rows) - self.rows[-1], 0) * slope
+        return costs
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PassCost:
+        """Returns what `save` wrote.
+
+        Raises:
+            ConfigError: if it is no such file.
+            FileNotFoundError: if there is none.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            table = json.loads(text)
+            if table["version"] != _VERSION:
+                raise ConfigError(f"{path} has version {table['version']}, expected {_VERSION}")
+            return cls(
+                tuple(map(int, table["rows"])),
+                tuple(map(int, table["contexts"])),
+                tuple(tuple(map(float, of_context)) for of_context in table["seconds"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is no table of pass costs ({error}); delete it to measure again"
+            ) from error
+
+    def save(self, path: str | os.PathLike[str], **facts: Any) -> None:
+        """Writes the table as JSON, facts beside it; a reader never sees half a file."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        table = {"version": _VERSION, **asdict(self), **facts}
+        try:
+            partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def pass_cost(backend: TreeModel) -> PassCost:
+    """Returns the costs of a model on this machine, measured now if no earlier run has.
+
+    The table is kept in the user's cache folder, under what it depends on: the model's shape and
+    dtype, the device, the threads and the versions.
+    """
+    facts = _facts(backend)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    path = default_cache_dir() / "calibration" / f"{digest}.json"
+    try:
+        return PassCost.load(path)
+    except FileNotFoundError:
+        pass
+    except ConfigError as error:
+        logger.warning("%s; measuring again", error)
+    logger.info("measuring what a pass of %s costs here", type(backend.model).__name__)
+    cost = measure(backend)
+    try:
+        cost.save(path, facts=facts)
+    except OSError as error:
+        logger.warning("the measured costs could not be kept at %s: %s", path, error)
+    return cost
+
+
+@torch.no_grad()
+def measure(backend: TreeModel, rows: Sequence[int] = _ROWS) -> PassCost:
+    """Measures passes over chains of several lengths, the least time of a few rounds each.
+
+    Takes some seconds; draws no random number and leaves nothing behind.
+    """
+    limit = backend.traits.positions
+    room = limit.num_positions if limit is not None else _CONTEXTS[-1] + max(rows)
+    rows = [count for count in rows if count < room] or [1]
+    contexts = sorted({max(1, min(context, room - max(rows))) for context in _CONTEXTS})
+    best = np.full((len(contexts), len(rows)), np.inf)
+    begin = time.perf_counter()
+    cache = backend.new_cache(1, contexts[-1] + max(rows))
+    for _ in range(1 + _ROUNDS):  # the first is a warm-up that counts only if it stays the only one
+        for i, context in enumerate(contexts):
+            for j, count in enumerate(rows):
+                best[i, j] = min(best[i, j], _seconds(backend, cache, count, context))
+        if time.perf_counter() - begin > _SECONDS:
+            break
+    return PassCost(tuple(rows), tuple(contexts), tuple(map(tuple, best.tolist())))
+
+
+def _seconds(backend: TreeModel, cache: Any, count: int, context: int) -> float:
+    cache.lengths[:] = [context]  # zeros, which cost what any other keys and values cost
+    tokens = torch.zeros(1, count, dtype=torch.int64)
+    positions = context + torch.arange(count).unsqueeze(0)
+    ancestors = causal_ancestors(1, count) if count > 1 else None
+    begin = time.perf_counter()
+    logits = backend.forward(cache, tokens, positions, ancestors)
+    if logits.device.type != "cpu":
+        logits[0, 0, 0].item()  # waits for the device
+    seconds = time.perf_counter() - begin
+    cache.advance([0])
+    return seconds
+
+
+def _facts(backend: TreeModel) -> dict[str, Any]:
+    device = backend.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "model": type(backend.model).__name__,
+        "config": hashlib.sha256(backend.model.config.to_json_string().encode()).hexdigest(),
+        "dtype": str(backend.model.dtype),
+        "attention": backend.attention or backend.traits.attention,
+        "packed": None if backend.packed is None else backend.packed.formats,
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    import platform
+
+    return platform.processor() or platform.machine()

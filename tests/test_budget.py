@@ -1,0 +1,223 @@
+"""Budgets that follow costs: what they cut, when they stop drafting, and what a mistake costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from specdec import SpeculativeGenerator
+from specdec.backend.probe import probed
+from specdec.budget import AutoBudget
+from specdec.cost import PassCost, measure, pass_cost
+from specdec.drafters.base import BaseDrafter
+from specdec.errors import ConfigError, TreeError
+from specdec.trees.tree import DraftTree
+from specdec.types import DraftContext, DraftLaw, LawRows, StepOutcome
+
+CHEAP = PassCost(rows=(1, 65), contexts=(64,), seconds=((1.0, 1.6),))
+LINEAR = PassCost(rows=(1, 65), contexts=(64,), seconds=((1.0, 65.0),))
+
+
+def chain(nodes: int, chance: float) -> DraftTree:
+    return DraftTree.from_lists(
+        list(range(nodes + 1)), list(range(-1, nodes)), chances=[float("nan")] + [chance] * nodes
+    )
+
+
+def simulate(
+    cost: PassCost, claimed: float, accepted: Callable[[int], int], steps: int = 128
+) -> tuple[float, list[int]]:
+    """Returns simulated seconds and the width of each step, for a drafter of chains.
+
+    `accepted` says how many nodes of step i would become text, were they all scored.
+    """
+    budget = AutoBudget(cost, draft_seconds=0.02)
+    seconds, widths = 0.0, []
+    for step in range(steps):
+        nodes = budget.most(1)
+        tree = DraftTree.root_only(0)
+        if nodes:
+            seconds += 0.02
+            (tree,) = budget.cut([0], [chain(nodes, claimed)], 64, 0.02)
+        seconds += float(cost.of(np.array(len(tree)), 64))
+        path = list(range(1, min(accepted(step), tree.num_drafted) + 1))
+        budget.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
+        widths.append(tree.num_drafted)
+    return seconds, widths
+
+
+def test_a_drafter_that_is_always_wrong_costs_little() -> None:
+    seconds, widths = simulate(CHEAP, claimed=0.99, accepted=lambda step: 0)
+    assert seconds <= 1.03 * 128
+    assert sum(widths[64:]) <= 70
+
+
+def test_a_drafter_that_is_wrong_from_now_on_costs_little() -> None:
+    seconds, _ = simulate(CHEAP, 0.9, lambda step: 8 if step < 50 else 0, steps=450)
+    before, _ = simulate(CHEAP, 0.9, lambda step: 8, steps=50)
+    assert seconds - before <= 1.04 * 400
+
+
+def test_passes_that_cost_as_much_as_their_rows_end_in_plain_decoding() -> None:
+    generator = np.random.default_rng(0)
+    seconds, widths = simulate(LINEAR, 0.8, lambda step: int(generator.geometric(0.4)) - 1)
+    assert seconds <= 1.25 * 128
+    assert np.mean(widths[32:]) < 0.3
+
+
+def test_a_drafter_that_is_right_gets_more_nodes() -> None:
+    _, widths = simulate(CHEAP, 0.95, lambda step: 32)
+    assert widths[-1] >= 20
+
+
+def test_a_drafter_that_becomes_right_is_noticed() -> None:
+    _, widths = simulate(CHEAP, 0.9, lambda step: 0 if step < 100 else 12, steps=300)
+    assert np.mean(widths[250:]) >= 8
+
+
+def test_the_width_follows_how_long_the_accepted_runs_are() -> None:
+    _, short = simulate(CHEAP, 0.9, lambda step: 1, steps=300)
+    _, long = simulate(CHEAP, 0.9, lambda step: 6, steps=300)
+    assert np.mean(short[200:]) < np.mean(long[200:]) < 12
+
+
+def test_a_batch_has_one_width_and_the_likeliest_nodes() -> None:
+    budget = AutoBudget(CHEAP, draft_seconds=0.0)
+    trees = [chain(8, 0.9), chain(8, 0.1)]
+    first, second = budget.cut([0, 1], trees, 64, 0.0)
+    assert first.num_drafted == second.num_drafted == 4
+    assert first.token_list == [0, 1, 2, 3, 4]
+
+
+def test_logits_of_a_batch_stay_within_memory() -> None:
+    budget = AutoBudget(CHEAP, max_nodes=32, max_rows=64)
+    assert [budget.most(rows) for rows in (1, 16, 33, 64, 100)] == [8, 3, 0, 0, 0]
+
+
+def test_cutting_keeps_parents_and_remembers_the_tree() -> None:
+    tree = DraftTree.from_lists([5, 6, 7, 8, 9], [-1, 0, 0, 1, 2], handles=[0, 3, 1, 2, 4])
+    less = tree.cut([2, 4])
+    assert (less.token_list, less.parent_list) == ([5, 7, 9], [-1, 0, 1])
+    assert (less.handles, less.grown) == ((0, 1, 4), tree)
+    assert less.cut([1]).grown is tree
+    with pytest.raises(TreeError, match="without their parents"):
+        tree.cut([4])
+
+
+def test_chances_multiply_along_paths() -> None:
+    tree = DraftTree.from_lists(
+        [0, 1, 2, 3], [-1, 0, 1, 0], chances=[float("nan"), 0.8, 0.5, float("nan")]
+    )
+    assert tree.path_chances == pytest.approx([1.0, 0.8, 0.4, 0.5])
+
+
+class Wrong(BaseDrafter):
+    """Is sure of a token that the target never takes."""
+
+    name = "wrong"
+
+    def law(self, context: DraftContext) -> DraftLaw:
+        return _WrongLaw()
+
+
+class _WrongLaw:
+    def __init__(self) -> None:
+        self._handles = 0
+
+    def extend(self, parent: int, token: int) -> int:
+        self._handles += 1
+        return self._handles
+
+    def rows(self, handles: list[int]) -> LawRows:
+        return LawRows(torch.zeros(len(handles), 1), torch.full((len(handles), 1), 1))
+
+
+@pytest.mark.parametrize("drafter", ["token_recycling", Wrong()])
+@pytest.mark.parametrize("cost", [CHEAP, LINEAR])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_text_does_not_depend_on_the_budget(
+    drafter: object, cost: PassCost, do_sample: bool
+) -> None:
+    model = tiny.make_model("llama")
+    inputs = tiny.padded([tiny.prompt(9), tiny.prompt(14, 1)])
+    settings = {"max_new_tokens": 40, "do_sample": do_sample, "pad_token_id": tiny.PAD, "seed": 3}
+    plain = SpeculativeGenerator(model, drafter=None).generate(**inputs, **settings)
+    generator = SpeculativeGenerator(model, drafter=drafter, calibration=cost)
+    assert generator.generate(**inputs, **settings).tolist() == plain.tolist()
+    assert generator.stats.settings["node_budget"] == "auto"
+
+
+def test_drawn_trees_keep_a_fixed_number_of_nodes() -> None:
+    model = tiny.make_model("llama")
+    generator = SpeculativeGenerator(model, policy="dyspec_layered", verifier="rejection")
+    generator.generate(tiny.ids(tiny.prompt(9)), max_new_tokens=8, do_sample=True)
+    assert generator.stats.settings["node_budget"] == 8
+
+
+class TestPassCost:
+    table = PassCost((1, 4, 8), (100, 300), ((1.0, 1.5, 1.4), (2.0, 2.5, 4.5)))
+
+    def test_is_linear_between_points_and_beyond(self) -> None:
+        costs = self.table.of(np.array([1, 2, 4, 8, 12]), 100)
+        assert costs == pytest.approx([1.0, 1.0 + 0.5 / 3, 1.5, 1.5, 1.5])
+        assert self.table.of(np.array(12), 300) == pytest.approx(6.5)
+        assert self.table.of(np.array(1), 200) == pytest.approx(1.5)
+        assert self.table.of(np.array(1), 500) == pytest.approx(3.0)
+        assert self.table.of(np.array(1), 1) == pytest.approx(1.0)
+
+    def test_comes_back_from_its_file(self, tmp_path: Path) -> None:
+        self.table.save(tmp_path / "a" / "costs.json", facts={"device": "cpu"})
+        assert PassCost.load(tmp_path / "a" / "costs.json") == self.table
+        assert json.loads((tmp_path / "a" / "costs.json").read_text())["facts"]["device"] == "cpu"
+
+    @pytest.mark.parametrize(
+        "text",
+        ["", "{}", '{"version": 7}', "[1]"]
+        + [
+            json.dumps({"version": 1, "rows": rows, "contexts": [9], "seconds": seconds})
+            for rows, seconds in (
+                ([1, 2], [[1.0]]),
+                ([2, 1], [[1.0, 2.0]]),
+                ([1], [[-1.0]]),
+                ([1], [[float("nan")]]),
+                ([], [[]]),
+                ([1], [1.0]),
+            )
+        ],
+    )
+    def test_other_files_are_refused(self, text: str, tmp_path: Path) -> None:
+        path = tmp_path / "costs.json"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(ConfigError):
+            PassCost.load(path)
+        with pytest.raises(ConfigError):
+            SpeculativeGenerator(tiny.make_model("llama"), calibration=path)
+
+
+def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    backend = probed(tiny.make_model("llama"))
+    state = torch.random.get_rng_state()
+    cost = pass_cost(backend)
+    assert torch.equal(state, torch.random.get_rng_state())
+    monkeypatch.setattr("specdec.cost.measure", None)
+    assert pass_cost(backend) == cost
+    (kept,) = (tmp_path / "calibration").iterdir()
+    other = probed(tiny.make_model("llama", dtype=torch.float64))
+    monkeypatch.undo()
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    pass_cost(other)
+    assert len(list((tmp_path / "calibration").iterdir())) == 2
+    kept.write_text("half a fi", encoding="utf-8")
+    assert pass_cost(backend).rows == cost.rows
+
+
+def test_a_model_with_few_positions_is_measured_within_them() -> None:
+    cost = measure(probed(tiny.make_model("gpt2")))
+    assert max(cost.rows) + max(cost.contexts) <= 256
