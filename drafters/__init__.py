@@ -1,7 +1,8 @@
 """Drafters: cheap guesses about what the target will write."""
 
+from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.small_model import SmallModel
 from specdec.drafters.token_recycling import TokenRecycling
 
-__all__ = ["PromptLookup", "SmallModel", "TokenRecycling"]
+__all__ = ["EarlyExit", "PromptLookup", "SmallModel", "TokenRecycling"]

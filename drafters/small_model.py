@@ -1,112 +1,113 @@
-"""A smaller language model as drafter, through the same one-pass tree backend as the target."""
+"""A smaller language model as drafter, of the target's tokenizer or of another one."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from itertools import takewhile
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
-from specdec.backend.cache import TreeCache
-from specdec.backend.model import causal_ancestors, token_matrix
+from specdec.backend.model import causal_ancestors
 from specdec.backend.probe import probed
-from specdec.drafters.base import BaseDrafter
+from specdec.drafters.model_drafter import ModelDrafter
+from specdec.drafters.vocabulary_bridge import SharedVocabulary, VocabularyBridge
 from specdec.errors import ConfigError
-from specdec.trees.tree import DraftTree
-from specdec.types import (
-    DraftContext,
-    DraftLaw,
-    LawRows,
-    PromptRows,
-    StepOutcome,
-    TargetInfo,
-)
+from specdec.types import PromptRows, StepOutcome, TargetInfo
 
-_PADDING_SHARE = 0.01  # tables of one tokenizer are padded to different multiples
+logger = logging.getLogger(__name__)
 
 
-class SmallModel(BaseDrafter):
-    """Drafts with any smaller HuggingFace causal language model of the same tokenizer.
+class SmallModel(ModelDrafter):
+    """Drafts with any smaller HuggingFace causal language model.
 
     A level of the trees of all rows is one batched pass. Accepted nodes keep their place in the
     draft model's cache, so a step feeds it nothing but the tokens it has not seen. It drafts with
     the user's own temperature and truncations, applied once: a model that drafts for itself is
-    always right.
+    always right, as long as no other processor changes the target's law.
+
+    With a tokenizer of its own the draft model reads the row's text in its own tokens, and guesses
+    those tokens that both vocabularies have: see `VocabularyBridge`.
+
+    The draft model may have another dtype than the target, not another device. Behind the end of
+    its learned positions, or of the lengths for which dynamic or long rope keeps its frequencies,
+    it guesses nothing and the target goes on alone.
 
     Source: Leviathan et al. (arXiv 2211.17192) for one chain; SpecInfer (arXiv 2305.09781) for
-    trees.
+    trees; Timor et al. (arXiv 2502.05202), token-level intersection, for other tokenizers.
 
     Args:
         model: the draft model; `attn_implementation` "sdpa" or "eager".
-        tokenizer: not supported yet: the draft model must have the target's tokenizer.
+        tokenizer: the draft model's (`assistant_tokenizer` in transformers), if it is not the
+            target's.
+        target_tokenizer: the target's; None for the one the generator was made with.
 
     Raises:
         UnsupportedModelError: if the model cannot take trees.
+        ConfigError: for a target tokenizer without the draft model's own.
     """
 
     name = "small_model"
-    honest = True
 
-    def __init__(self, model: Any, tokenizer: Any = None) -> None:
-        if tokenizer is not None:
+    def __init__(self, model: Any, tokenizer: Any = None, target_tokenizer: Any = None) -> None:
+        super().__init__()
+        if tokenizer is None and target_tokenizer is not None:
             raise ConfigError(
-                "drafting with another tokenizer is not supported yet; leave `tokenizer` out if "
-                "the draft model has the target's"
+                "target_tokenizer without the draft model's own: pass tokenizer=draft_tokenizer "
+                "too, or neither if the two models share one"
             )
+        self._tokenizer = tokenizer
+        self._target_tokenizer = target_tokenizer
         self._backend = probed(model)
-        self._vocab_size = 0
         self.reset()
 
     def attach(self, target: TargetInfo) -> None:
-        """Checks that the two vocabularies are one, up to padding."""
-        own = self._backend.traits.vocab_size
-        if abs(own - target.vocab_size) > _PADDING_SHARE * target.vocab_size:
+        """Fits the two vocabularies together.
+
+        Raises:
+            ConfigError: if they do not fit, if the target's tokenizer is wanted and unknown, or if
+                the draft model lies on another device.
+        """
+        if target.device is not None and target.device != self._backend.device:
             raise ConfigError(
-                f"the draft model has {own} tokens, the target {target.vocab_size}: their "
-                "tokenizers do not fit"
+                f"the draft model is on {self._backend.device}, the target on {target.device}; "
+                f"move it with draft_model.to({str(target.device)!r})"
             )
-        self._vocab_size = target.vocab_size
+        self._vocabulary = self._fitted(target)
+        self._told_the_end = False
+
+    def _fitted(self, target: TargetInfo) -> SharedVocabulary | VocabularyBridge:
+        own_size = self._backend.traits.vocab_size
+        if self._tokenizer is None:
+            return SharedVocabulary(own_size, target.vocab_size)
+        theirs = self._target_tokenizer or target.tokenizer
+        if theirs is None:
+            raise ConfigError(
+                "a draft model with a tokenizer of its own needs the target's too: "
+                "SpeculativeGenerator(model, tokenizer, ...), "
+                "SmallModel(draft_model, tokenizer=..., target_tokenizer=...), or "
+                "generate(..., tokenizer=...)"
+            )
+        if self._tokenizer.get_vocab() == theirs.get_vocab():
+            return SharedVocabulary(own_size, target.vocab_size)
+        return VocabularyBridge(self._tokenizer, theirs, own_size, target.vocab_size)
 
     def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
         """Begins a row; the draft model reads the prompt when the first tree is wanted."""
         self._waiting.append(row)
 
-    def law(self, context: DraftContext) -> DraftLaw:
-        """Returns the draft model's law behind the row's text."""
-        law = _ModelLaw(context)
-        self._laws[context.row] = law
-        return law
-
-    @torch.no_grad()
-    def expand(self, requests: Sequence[tuple[DraftLaw, Sequence[int]]]) -> list[LawRows]:
-        """Runs one pass over the new nodes of all rows."""
-        own = [(cast("_ModelLaw", law), handles) for law, handles in requests]
-        wanted = {law.row: (law, handles) for law, handles in own}
-        if any(not law.known for law, _ in wanted.values()):
-            self._read_text()
-        new = {
-            row: [handle for handle in handles if handle not in law.known]
-            for row, (law, handles) in wanted.items()
-        }
-        if any(new.values()):
-            self._read_nodes(new)
-        return [
-            LawRows(torch.stack([law.known[handle] for handle in handles]))
-            for law, handles in wanted.values()
-        ]
-
     def observe(self, outcome: StepOutcome) -> None:
         """Notes which of the drafted nodes became text."""
-        law = self._laws.get(outcome.row)
+        law = self._laws.pop(outcome.row, None)
         if law is not None:
-            self._kept[outcome.row] = law.places_of(outcome.tree, outcome.path)
+            run = law.run_along(outcome.tree, outcome.path)
+            places = [law.places[handle] for handle in run]
+            tokens = [self._vocabulary.draft_token(law.tokens[handle]) for handle in run]
+            self._kept[outcome.row] = places, tokens
 
     def stop(self, row: int) -> None:
         """Takes the row out of the draft model's batch."""
-        self._laws.pop(row, None)
+        super().stop(row)
         if row in self._waiting:
             self._waiting.remove(row)
         if row not in self._places:
@@ -116,121 +117,74 @@ class SmallModel(BaseDrafter):
         self._cache.retire(place)
         self._places[place] = self._places[-1]
         self._places.pop()
+        del self._read[row]
+        self._vocabulary.forget(row)
 
     def reset(self) -> None:
         """Drops all rows; there is nothing learned."""
+        self._laws.clear()
+        self._places.clear()
         self._waiting: list[int] = []
-        self._places: list[int] = []  # the row at each place of the cache
-        self._laws: dict[int, _ModelLaw] = {}
-        self._kept: dict[int, list[int]] = {}
-        self._cache: TreeCache
-        self._positions = torch.zeros(0, 0, dtype=torch.int64)
+        self._read: dict[int, list[int]] = {}  # the draft tokens of each row that are in the cache
+        self._kept: dict[int, tuple[list[int], list[int]]] = {}  # pending places and their tokens
+        self._told_the_end = False
 
     def _commit(self) -> None:
         """Keeps the accepted nodes of the last step in the cache."""
-        self._cache.commit([self._kept.get(row, []) for row in self._places])
+        kept = [self._kept.get(row, ([], [])) for row in self._places]
+        self._cache.commit([places for places, _ in kept])
+        for row, (_, tokens) in zip(self._places, kept, strict=True):
+            self._read[row] += tokens
         self._kept.clear()
 
-    def _read_text(self) -> None:
-        """Brings the cache up to date with every row's text, its root included."""
+    def _read_roots(self) -> None:
+        """Reads what is new in every row's text, its root included."""
         if self._waiting:
             self._places, self._waiting = self._waiting, []
+            self._read = {row: [] for row in self._places}
+            for row in self._places:  # nothing of a text that was never stopped
+                self._vocabulary.forget(row)
             self._cache = self._backend.new_cache(len(self._places), capacity=256)
         self._commit()
-        laws = [self._laws.get(row) for row in self._places]
-        tails = [
-            law.text()[length:] if law else []
-            for law, length in zip(laws, self._cache.lengths, strict=True)
-        ]
+        tails: list[list[int]] = []
+        lengths = []
+        for row in self._places:
+            law = self._laws.get(row)
+            read = self._read[row]
+            tails.append([])
+            if law is not None:
+                kept, tail = self._vocabulary.reread(row, law.text, read)
+                del read[kept:]
+                if tail and self._in_reach(kept + len(tail)):
+                    tails[-1] = tail
+                else:
+                    self._tell_the_end(row, ended=bool(tail))
+                    self._know_nothing(law, 0)
+            lengths.append(len(read))
+            read += tails[-1]
+        self._cache.roll_back(lengths)
+        self._forget_positions()
         width = max(map(len, tails))
-        self._positions = torch.zeros(len(tails), 0, dtype=torch.int64)
+        if width == 0:
+            return
         # padding shares the last position: a longer one may change a model's frequencies
         depths = [[min(i, max(len(tail) - 1, 0)) for i in range(width)] for tail in tails]
-        logits = self._pass(tails, causal_ancestors(len(tails), width), torch.tensor(depths))
-        for place, (law, tail) in enumerate(zip(laws, tails, strict=True)):
-            if law is not None and tail:
-                self._know(law, [0], logits[place, len(tail) - 1 : len(tail)])
+        ends = sorted({len(tail) - 1 for tail in tails if tail})
+        logits = self._pass(
+            tails, torch.tensor(depths), causal_ancestors(len(tails), width), torch.tensor(ends)
+        )
+        for place, (row, tail) in enumerate(zip(self._places, tails, strict=True)):
+            if tail:
+                self._know(self._laws[row], [0], logits[place, [ends.index(len(tail) - 1)]])
         self._cache.advance([len(tail) for tail in tails])
-        self._positions = torch.zeros(len(tails), 0, dtype=torch.int64)
+        self._forget_positions()
 
-    def _read_nodes(self, new: dict[int, list[int]]) -> None:
-        """Runs the nodes behind the handles; each sees its own ancestors."""
-        pending = self._cache.pending
-        handles = [new.get(row, []) for row in self._places]
-        width = max(map(len, handles))
-        ancestors = torch.zeros(len(handles), width, pending + width, dtype=torch.bool)
-        ancestors[:, torch.arange(width), pending + torch.arange(width)] = True
-        depths = torch.zeros(len(handles), width, dtype=torch.int64)
-        tokens: list[list[int]] = []
-        for place, row in enumerate(self._places):
-            law = self._laws.get(row)
-            tokens.append([law.tokens[handle] for handle in handles[place]] if law else [])
-            for index, handle in enumerate(handles[place]):
-                assert law is not None
-                law.places[handle] = pending + index
-                path = law.path(handle)
-                depths[place, index] = len(path) - 1
-                ancestors[place, index, [law.places[node] for node in path]] = True
-        logits = self._pass(tokens, ancestors, depths)
-        for place, row in enumerate(self._places):
-            if handles[place]:
-                self._know(self._laws[row], handles[place], logits[place, : len(handles[place])])
-
-    def _pass(self, tokens: list[list[int]], ancestors: Tensor, depths: Tensor) -> Tensor:
-        lengths = torch.tensor(self._cache.lengths).unsqueeze(1)
-        self._positions = torch.cat([self._positions, lengths + depths], dim=1)
-        width = depths.shape[1]
-        return self._backend.forward(
-            self._cache, token_matrix(tokens, width), self._positions, ancestors
-        )
-
-    def _know(self, law: _ModelLaw, handles: Sequence[int], logits: Tensor) -> None:
-        """Gives the law its rows at some handles, over the target's vocabulary."""
-        common = min(self._vocab_size, logits.shape[-1])
-        scores = logits[:, :common].to(torch.float32, copy=True)
-        if law.warp is not None:
-            scores = law.warp(scores)
-        rows = pad(
-            torch.log_softmax(scores, dim=-1), (0, self._vocab_size - common), value=-torch.inf
-        )
-        law.known.update(zip(handles, rows, strict=True))
-
-
-class _ModelLaw:
-    """One row's tree in the draft model: handles, their tokens, and where their states lie."""
-
-    def __init__(self, context: DraftContext) -> None:
-        self.row = context.row
-        self.warp = context.warp
-        self._text = context.tokens
-        self._length = len(context.tokens)
-        self.tokens = [context.tokens[-1]]
-        self._parents = [-1]
-        self.known: dict[int, Tensor] = {}  # rows already computed
-        self.places: dict[int, int] = {}  # pending node of each handle that was run
-
-    def text(self) -> list[int]:
-        """Returns the row's tokens when the law was asked for, the root last."""
-        return list(self._text[: self._length])
-
-    def extend(self, parent: int, token: int) -> int:
-        self.tokens.append(token)
-        self._parents.append(parent)
-        return len(self.tokens) - 1
-
-    def rows(self, handles: Sequence[int]) -> LawRows:
-        return LawRows(torch.stack([self.known[handle] for handle in handles]))
-
-    def path(self, handle: int) -> list[int]:
-        """Returns the handles from the first level down to `handle`."""
-        path = []
-        while handle > 0:
-            path.append(handle)
-            handle = self._parents[handle]
-        return path[::-1]
-
-    def places_of(self, tree: DraftTree, path: Sequence[int]) -> list[int]:
-        """Returns the pending nodes along a path of the tree, as far as they were run."""
-        handles = tree.handles or ()
-        run = takewhile(lambda handle: handle in self.places, (handles[node] for node in path))
-        return [self.places[handle] for handle in run]
+    def _tell_the_end(self, row: int, *, ended: bool) -> None:
+        limit = self._backend.traits.positions
+        if ended and limit is not None and not self._told_the_end:
+            self._told_the_end = True
+            logger.warning(
+                "row %d is longer than the draft model's %d positions; it goes on without drafts",
+                row,
+                limit.num_positions,
+            )

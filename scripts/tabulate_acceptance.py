@@ -94,9 +94,8 @@ def measure_model(arguments: argparse.Namespace) -> Measure:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from specdec.bench.acceptance import first_layers
     from specdec.demo_model import ensure_demo_model
-    from specdec.drafters import SmallModel
+    from specdec.drafters import EarlyExit
     from specdec.prompts import encode, read_prompts, spread_over_categories
 
     path = arguments.model or ensure_demo_model()
@@ -105,7 +104,7 @@ def measure_model(arguments: argparse.Namespace) -> Measure:
     prompts = spread_over_categories(read_prompts(arguments.prompts), arguments.limit)
     drafter = arguments.drafter
     if arguments.draft_layers:
-        drafter = SmallModel(first_layers(model, arguments.draft_layers))
+        drafter = EarlyExit(arguments.draft_layers)
     return partial(
         model_cell,
         model=model,

@@ -22,7 +22,8 @@ def _drafter(name: str) -> Callable[[], Any]:
 def _small_model() -> Any:
     raise ConfigError(
         "the small_model drafter needs a model: pass the object "
-        "specdec.drafters.SmallModel(draft_model) instead of the name"
+        "specdec.drafters.SmallModel(draft_model) instead of the name, with "
+        "tokenizer=draft_tokenizer if that is not the target's"
     )
 
 
@@ -45,6 +46,7 @@ def _verifier(name: str) -> Callable[[], Any]:
 
 
 DRAFTERS: dict[str, Callable[[], Any]] = {
+    "early_exit": _drafter("EarlyExit"),
     "prompt_lookup": _drafter("PromptLookup"),
     "small_model": _small_model,
     "token_recycling": _drafter("TokenRecycling"),

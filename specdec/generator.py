@@ -47,8 +47,8 @@ class SpeculativeGenerator:
 
     Args:
         model: a HuggingFace causal language model with attn_implementation "sdpa" or "eager".
-        tokenizer: needed for `stop_strings` only.
-        drafter: a name ("token_recycling", "prompt_lookup"), an object such as
+        tokenizer: the model's; needed for `stop_strings`, and by a draft model that has another.
+        drafter: a name ("token_recycling", "prompt_lookup", "early_exit"), an object such as
             ``specdec.drafters.SmallModel(draft_model)``, "auto" (token_recycling for now), or None
             for plain decoding through the same loop.
         policy: a name ("best_first", "static", "chain", "dyspec_layered", ...), an object or
@@ -141,7 +141,8 @@ class SpeculativeGenerator:
             **kwargs: as for `model.generate`: generation_config, max_new_tokens, do_sample,
                 temperature, logits_processor, stopping_criteria, streamer, stop_strings,
                 return_dict_in_generate, past_key_values, ... `prompt_lookup_num_tokens` and
-                `assistant_model` work as migration aliases.
+                `assistant_model`, with `tokenizer` and `assistant_tokenizer` where they differ,
+                work as migration aliases.
 
         Returns:
             ``[B, T + new]`` ids with the prompts, or a `GenerateDecoderOnlyOutput`.
@@ -219,12 +220,20 @@ class SpeculativeGenerator:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _attach(self, drafter: Drafter | None) -> None:
+    def _attach(self, drafter: Drafter | None, tokenizer: Any = None) -> None:
         if drafter is None:
             return
         eos = self.model.generation_config.eos_token_id
         ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
-        drafter.attach(TargetInfo(self._backend.traits.vocab_size, ids))
+        drafter.attach(
+            TargetInfo(
+                self._backend.traits.vocab_size,
+                ids,
+                self.model,
+                tokenizer or self.tokenizer,
+                self._backend.device,
+            )
+        )
 
     def _session(
         self, inputs: Tensor | None, kwargs: dict[str, Any], seed: int | Sequence[int] | None
@@ -238,19 +247,25 @@ class SpeculativeGenerator:
         from specdec.trees import Chain
 
         assistant = kwargs.pop("assistant_model", None)
+        assistant_tokenizer = kwargs.pop("assistant_tokenizer", None)
         tokens = kwargs.pop("prompt_lookup_num_tokens", None)
         size = kwargs.pop("max_matching_ngram_size", None)
         length = kwargs.pop("num_assistant_tokens", None)
+        if assistant_tokenizer is not None and assistant is None:
+            raise ConfigError(
+                "assistant_tokenizer belongs to an assistant_model, and none is given"
+            )
         if assistant is None and tokens is None:
             return self._parts
         if assistant is not None and tokens is not None:
             raise ConfigError("give assistant_model or prompt_lookup_num_tokens, not both")
         drafter: Drafter
         if assistant is not None:
-            drafter, tokens = SmallModel(assistant), length or _ASSISTANT_TOKENS
+            drafter = SmallModel(assistant, assistant_tokenizer)
+            tokens = length or _ASSISTANT_TOKENS
         else:
             drafter = PromptLookup() if size is None else PromptLookup(size)
-        self._attach(drafter)
+        self._attach(drafter, kwargs.get("tokenizer"))
         return self._parts.with_drafter(drafter, Chain(), _positive(tokens))
 
     def _busy(self) -> _Busy:

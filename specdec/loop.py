@@ -35,6 +35,7 @@ from specdec.types import (
     Drafter,
     Root,
     StepOutcome,
+    TargetCache,
     TreePolicy,
     Verifier,
 )
@@ -225,7 +226,8 @@ class DecodeLoop:
             row = active[i]
             remaining = budgets[i].depth + 1
             warp = None if self._call.greedy else partial(warp_logits, row.processors)
-            law = parts.drafter.law(DraftContext(row.index, row.tokens, remaining, warp))
+            shared = TargetCache(self._target.cache, i)
+            law = parts.drafter.law(DraftContext(row.index, row.tokens, remaining, warp, shared))
             root = Root(row.tokens[-1], row.root_position, self._call.greedy)
             plans.append((law, parts.policy.grow(law, root, budgets[i], row.streams.draft)))
         for i, tree in zip(growing, grow_trees(plans, parts.drafter.expand), strict=True):

@@ -92,6 +92,7 @@ class TargetModel:
 
         Trees smaller than the largest are padded; rows past a tree's end mean nothing.
         """
+        self.cache.drop_pending()  # of a drafter that shares this cache
         width = max(map(len, trees))
         tokens = token_matrix([tree.token_list for tree in trees], width)
         depths = token_matrix([tree.depth_list for tree in trees], width)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from specdec.backend.cache import TreeCache
     from specdec.random import RandomSource
     from specdec.trees.tree import DraftTree
 
@@ -117,10 +119,36 @@ class DrafterNeeds:
 
 @dataclass(frozen=True, slots=True)
 class TargetInfo:
-    """What a drafter may know of the target when it is attached to it."""
+    """What a drafter may know of the target when it is attached to it.
+
+    Attributes:
+        vocab_size: width of the target's logits.
+        eos_token_ids: tokens that end a text, as far as the model's own settings name them.
+        model: the user's model, for drafters made of its layers; not to be changed.
+        tokenizer: the target's, None where the generator was given none.
+        device: where token ids and logits lie, None where it does not matter.
+    """
 
     vocab_size: int
     eos_token_ids: tuple[int, ...] = ()
+    model: Any = None
+    tokenizer: Any = None
+    device: torch.device | None = None
+
+
+class TargetCache(NamedTuple):
+    """The target's cache while a tree is being grown, for drafters made of the target's layers.
+
+    Passes over the target's own first layers may read it, and leave nodes of their own pending:
+    the target's pass drops these. Nothing else of it is a drafter's to change.
+
+    Attributes:
+        cache: holds every committed token but the root.
+        place: the row's place in it during this step.
+    """
+
+    cache: TreeCache
+    place: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +163,14 @@ class DraftContext:
         warp: applies the user's temperature and truncations to ``[n, V]`` float32 logits, which it
             may overwrite; a drafter whose law is a model's drafts best with them. None where there
             are none.
+        target: the target's cache and the row's place in it; None outside the decoding loop.
     """
 
     row: int
     tokens: Sequence[int]
     remaining: int
     warp: Callable[[Tensor], Tensor] | None = None
+    target: TargetCache | None = None
 
 
 @dataclass(frozen=True, slots=True)

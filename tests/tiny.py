@@ -271,8 +271,12 @@ class _OracleLaw:
         return LawRows(log_probs, ids)
 
 
-def letters() -> Any:
-    """Returns a tokenizer whose tokens are single characters, one for each id of the models."""
+def letters(order: Sequence[int] | None = None) -> Any:
+    """Returns a tokenizer whose tokens are single characters, one for each id of the models.
+
+    Args:
+        order: the id of each token, in place of 0, 1, 2, ...
+    """
     from tokenizers import Tokenizer
     from tokenizers.decoders import Fuse
     from tokenizers.models import WordLevel
@@ -281,7 +285,8 @@ def letters() -> Any:
 
     special = ["<pad>", "<eos>", "<bos>"]
     characters = [chr(code) for code in range(33, 33 + VOCAB - len(special))]
-    vocabulary = {token: index for index, token in enumerate(special + characters)}
+    order = range(VOCAB) if order is None else order
+    vocabulary = dict(zip(special + characters, order, strict=True))
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = Split("", "isolated")
     tokenizer.decoder = Fuse()

@@ -116,6 +116,15 @@ class TreeCache:
         self.lengths[:] = [n + count for n, count in zip(self.lengths, counts, strict=True)]
         self.pending = 0
 
+    def drop_pending(self) -> None:
+        """Forgets the nodes that are pending; the next pass overwrites them."""
+        self.pending = 0
+
+    def roll_back(self, lengths: Sequence[int]) -> None:
+        """Shortens the active rows to `lengths` and forgets what is pending; copies nothing."""
+        self.lengths[:] = lengths
+        self.pending = 0
+
     def _grow(self, capacity: int) -> None:
         old, filled = self._pools, self.capacity
         batch_size = next(iter(old.values()))[0].shape[1]

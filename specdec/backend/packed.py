@@ -46,7 +46,7 @@ class PackedLinears:
     """
 
     def __init__(self, model: nn.Module, form: str) -> None:
-        self._form = form
+        self.form = form
         self._lock = threading.Lock()
         self._users = 0
         joined = (_Group(members) for members in _shared_inputs(model))
@@ -73,7 +73,7 @@ class PackedLinears:
         stale = [group for group in self._groups if group.is_stale()]
         for shape in {group.shape for group in stale} - self._chosen.keys():
             alike = [group for group in stale if group.shape == shape]
-            self._chosen[shape] = _fastest(alike) if self._form == "auto" else self._form
+            self._chosen[shape] = _fastest(alike) if self.form == "auto" else self.form
         for group in stale:
             group.pack(self._chosen[group.shape])
 
@@ -120,8 +120,8 @@ def packed_linears(model: Any, form: str | None = "auto") -> PackedLinears | Non
         return None
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         return None  # the compiler has taken the layers over
-    known = _known.get(model, lambda: None)()
-    if known is not None and known._form == form:
+    known = already_packed(model)
+    if known is not None and known.form == form:
         return known
     total = sum(module.weight.nbytes for module in _packable(model))
     if total < _SMALLEST * 4:
@@ -131,6 +131,12 @@ def packed_linears(model: Any, form: str | None = "auto") -> PackedLinears | Non
     made = PackedLinears(model, form)
     _known[model] = ref(made)
     return made
+
+
+def already_packed(model: Any) -> PackedLinears | None:
+    """Returns a model's packed layers if someone uses them; for others who run its layers."""
+    known = _known.get(model)
+    return None if known is None else known()
 
 
 @dataclass(eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
@@ -144,23 +143,6 @@ def model_cell(
             means.append(totals.block_efficiency)
             steps.append(totals.target_calls)
     return _cell(policy, verifier, temperature, node_budget, means, steps)
-
-
-def first_layers(model: Any, num_layers: int) -> Any:
-    """Returns a model of the first layers with the same norm and head, sharing all weights."""
-    shorter, base = _shallow_copy(model), _shallow_copy(model.base_model)
-    base.layers = base.layers[:num_layers]
-    base.config = shorter.config = copy.deepcopy(model.config)
-    base.config.num_hidden_layers = num_layers
-    setattr(shorter, model.base_model_prefix, base)
-    return shorter
-
-
-def _shallow_copy(module: Any) -> Any:
-    """Returns a module with the same children; replacing one leaves the original as it is."""
-    copied = copy.copy(module)
-    copied._modules = dict(module._modules)
-    return copied
 
 
 def _cell(
