@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear

@@ -1,0 +1,239 @@
+"""One law out of several drafters, each trusted as far as it has been right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+
+from specdec.drafters.learning import LearnedState, LearningDrafter
+from specdec.errors import ConfigError, StateError
+from specdec.trees.best_first import most_probable
+from specdec.types import (
+    DraftContext,
+    Drafter,
+    DrafterNeeds,
+    DraftLaw,
+    LawRows,
+    PromptRows,
+    StepOutcome,
+    TargetInfo,
+)
+
+_SHORTLIST = 16  # tokens of a source's row that are looked at
+_RATE = 0.02  # by which a step moves the trust
+# how sure a source must be of its first token to come into the next class
+_CLASSES = np.array([0.15, 0.35, 0.6, 0.85])
+
+
+class Hybrid(LearningDrafter):
+    """Mixes the laws of several drafters: p(token) = sum_i w_i p_i(token).
+
+    Sources keep their own tables and paths, and all of them learn from every step. The weights
+    depend on how sure each source is of its first token (five classes, and none without a row), and
+    follow the text by online expectation maximisation: w_i moves towards the share that source i
+    had in the probability of the token that came. A retrieval source that has a long match is
+    trusted when long matches have been right, and leaves the tree to the others otherwise.
+
+    Source: ours. SAM-Decoding and RACER (arXiv 2604.14885) combine retrieval and token recycling
+    by a threshold on the match length, or retrieval first and the rest of the nodes to recycling.
+
+    Args:
+        sources: drafters, at least one; names must differ, as the weights are saved under them.
+    """
+
+    name = "hybrid"
+
+    def __init__(self, sources: Sequence[Drafter]) -> None:
+        names = [source.name for source in sources]
+        if not sources or len(set(names)) < len(names):
+            raise ConfigError(f"a hybrid needs sources with different names, got {names}")
+        self.sources = tuple(sources)
+        wanted = max(source.needs.prompt_top_k for source in sources)
+        self.needs = DrafterNeeds(prompt_top_k=wanted)
+        self._weights = self._even_weights()
+        self._laws: dict[int, _MixedLaw] = {}
+
+    def attach(self, target: TargetInfo) -> None:
+        """Attaches the sources."""
+        for source in self.sources:
+            source.attach(target)
+
+    def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
+        """Begins a row in every source, with as many guesses a position as it asked for."""
+        for source in self.sources:
+            count = source.needs.prompt_top_k
+            own = None
+            if prompt_rows is not None and count:
+                own = PromptRows(prompt_rows.ids[:, :count], prompt_rows.logits[:, :count])
+            source.start(row, prompt, own)
+
+    def law(self, context: DraftContext) -> DraftLaw:
+        """Returns the mixed law behind the row's text."""
+        law = _MixedLaw(self, [source.law(context) for source in self.sources])
+        self._laws[context.row] = law
+        return law
+
+    def expand(self, requests: Sequence[tuple[DraftLaw, Sequence[int]]]) -> list[LawRows]:
+        """Asks each source for all rows at once, then mixes."""
+        own = [(cast("_MixedLaw", law), handles) for law, handles in requests]
+        answers = [
+            source.expand([(law.laws[i], law.of_source(i, handles)) for law, handles in own])
+            for i, source in enumerate(self.sources)
+        ]
+        by_request = zip(*answers, strict=True)
+        return [
+            law.mix(handles, rows) for (law, handles), rows in zip(own, by_request, strict=True)
+        ]
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Moves the weights towards the sources that were right; then the sources learn."""
+        law = self._laws.pop(outcome.row, None)
+        handles = outcome.tree.handles
+        if law is not None and handles is not None:
+            for node, token in zip([0, *outcome.path], outcome.emitted, strict=False):
+                if handles[node] in law.mixtures:
+                    self._learn(law.mixtures[handles[node]], token)
+        for source in self.sources:
+            source.observe(outcome)
+
+    def stop(self, row: int) -> None:
+        """Ends the row in every source."""
+        self._laws.pop(row, None)
+        for source in self.sources:
+            source.stop(row)
+
+    def reset(self) -> None:
+        """Forgets the weights and everything the sources have learned."""
+        self._weights = self._even_weights()
+        self._laws.clear()
+        for source in self.sources:
+            source.reset()
+
+    def state(self) -> LearnedState:
+        """Returns the weights and the states of the sources that learn."""
+        own = LearnedState({"weights": self._weights})
+        return LearnedState.joined({"mixture": own} | {s.name: s.state() for s in self._learners})
+
+    def restore(self, state: LearnedState) -> None:
+        """Takes over weights and sources; the sources must be the same."""
+        learning = self._learners
+        names = {"mixture", *(source.name for source in learning)}
+        if set(state.facts) != names:
+            raise StateError(f"expected the sources {sorted(names)}, got {sorted(state.facts)}")
+        shape = self._weights.shape
+        weights = state.part("mixture").array("weights", shape, np.float64)
+        if not np.allclose(weights.sum(axis=-1), 1.0) or weights.min() < 0:
+            raise StateError("the weights of a mixture must be shares that sum to one")
+        before = {source.name: source.state() for source in learning}
+        try:
+            for source in learning:
+                source.restore(state.part(source.name))
+        except StateError:
+            for source in learning:
+                source.restore(before[source.name])
+            raise
+        self._weights = weights
+
+    def weights_for(self, classes: np.ndarray) -> np.ndarray:
+        """Returns ``[n, sources]`` weights for ``[n, sources]`` classes of sureness."""
+        weights: np.ndarray = self._weights[tuple(classes.T)]
+        return weights
+
+    def _learn(self, mixture: _Mixture, token: int) -> None:
+        hit = mixture.ids == token
+        if not hit.any():
+            return
+        shares = mixture.weights * mixture.probs[:, hit][:, 0]
+        place = tuple(mixture.classes)
+        self._weights[place] += _RATE * (shares / shares.sum() - self._weights[place])
+
+    @property
+    def _learners(self) -> list[LearningDrafter]:
+        return [source for source in self.sources if isinstance(source, LearningDrafter)]
+
+    def _even_weights(self) -> np.ndarray:
+        count = len(self.sources)
+        shape = (len(_CLASSES) + 2,) * count
+        return np.full((*shape, count), 1.0 / count)
+
+
+class _Mixture(NamedTuple):
+    """What the row at one handle was mixed from."""
+
+    ids: np.ndarray  # [k], -1 for padding
+    probs: np.ndarray  # [sources, k]
+    weights: np.ndarray  # [sources]
+    classes: np.ndarray  # [sources]
+
+
+class _MixedLaw:
+    """A handle stands for one handle of each source's law."""
+
+    def __init__(self, drafter: Hybrid, laws: list[DraftLaw]) -> None:
+        self._drafter = drafter
+        self.laws = laws
+        self._handles = [[0] * len(laws)]
+        self.mixtures: dict[int, _Mixture] = {}
+
+    def extend(self, parent: int, token: int) -> int:
+        parents = self._handles[parent]
+        self._handles.append(
+            [law.extend(own, token) for law, own in zip(self.laws, parents, strict=True)]
+        )
+        return len(self._handles) - 1
+
+    def of_source(self, index: int, handles: Sequence[int]) -> list[int]:
+        """Returns what a source calls these handles."""
+        return [self._handles[handle][index] for handle in handles]
+
+    def rows(self, handles: Sequence[int]) -> LawRows:
+        own = [law.rows(self.of_source(i, handles)) for i, law in enumerate(self.laws)]
+        return self.mix(handles, own)
+
+    def mix(self, handles: Sequence[int], rows: Sequence[LawRows]) -> LawRows:
+        """Returns the mixture of the sources' rows, likely first, and notes how it came about."""
+        ids, probs = _joined(rows)
+        classes = _classes(rows)
+        weights = self._drafter.weights_for(classes)
+        mixed = np.einsum("ns,snk->nk", weights, probs)
+        order = np.argsort(-mixed, axis=1, kind="stable")
+        for place, handle in enumerate(handles):
+            self.mixtures[handle] = _Mixture(
+                ids[place], probs[:, place], weights[place], classes[place]
+            )
+        with np.errstate(divide="ignore"):
+            logs = np.log(np.take_along_axis(mixed, order, axis=1)).astype(np.float32)
+        sorted_ids = np.take_along_axis(ids, order, axis=1)
+        sorted_ids[np.isneginf(logs)] = -1
+        return LawRows(torch.from_numpy(logs), torch.from_numpy(sorted_ids))
+
+
+def _joined(rows: Sequence[LawRows]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids ``[n, k]`` named by any source, once each, and their chances ``[s, n, k]``."""
+    tops = [most_probable(row, _SHORTLIST) for row in rows]
+    source_ids = [ids.numpy(force=True) for ids, _ in tops]
+    source_probs = [np.exp(logs.numpy(force=True).astype(np.float64)) for _, logs in tops]
+    ids = np.concatenate(source_ids, axis=1)
+    probs = np.zeros((len(rows), *ids.shape))
+    for i, (own_ids, own_probs) in enumerate(zip(source_ids, source_probs, strict=True)):
+        same = (ids[:, :, None] == own_ids[:, None, :]) & (own_ids >= 0)[:, None, :]
+        probs[i] = np.einsum("nkj,nj->nk", same, own_probs)
+    # an id that an earlier column has already is left out here
+    equal = ids[:, :, None] == ids[:, None, :]
+    repeated = np.tril(equal, -1).any(axis=2) | (ids < 0)
+    probs[:, repeated] = 0.0
+    return np.where(repeated, -1, ids), probs
+
+
+def _classes(rows: Sequence[LawRows]) -> np.ndarray:
+    """Returns ``[n, sources]``: 0 without a row, else 1 + the class of the first token's chance."""
+    columns = []
+    for row in rows:
+        first = row.log_probs.max(dim=1).values.numpy(force=True)
+        columns.append(
+            np.where(np.isneginf(first), 0, 1 + np.searchsorted(_CLASSES, np.exp(first)))
+        )
+    return np.stack(columns, axis=1)
