@@ -12,7 +12,8 @@ VENV ?= .venv
 PIP_ARGS ?=
 ARGS ?=
 PYTEST_ARGS ?= -q -n auto --maxprocesses 8 -m "not slow"
-SLOW_ARGS ?= -q -m slow
+SLOW_ARGS ?= -q -m "slow and not kernels"
+KERNEL_ARGS ?= -q -n auto --maxprocesses 8 -m kernels
 
 # Without it, loading a model waits for a hub that may not be reachable. HF_HUB_OFFLINE=0 in the
 # environment lets the demo fetch the model of --model.
@@ -22,11 +23,11 @@ bin := $(VENV)/bin
 stamp := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types format clean
+.PHONY: help demo test test-slow test-kernels lint types format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
-	@echo "  variables: PYTHON VENV PIP_ARGS ARGS PYTEST_ARGS SLOW_ARGS (see the head of the Makefile)"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "  variables: PYTHON VENV PIP_ARGS ARGS PYTEST_ARGS SLOW_ARGS KERNEL_ARGS (see the head of the Makefile)"
 
 demo: $(stamp) ## write three texts with a real model, next to plain decoding
 	$(bin)/python -m specdec demo $(ARGS)
@@ -36,6 +37,12 @@ test: lint types ## lint, type check and all tests but the slow ones
 
 test-slow: $(stamp) ## the slow tests
 	$(bin)/python -m pytest $(SLOW_ARGS)
+
+# A CUDA build of torch brings its own Triton, which stays.
+test-kernels: $(stamp) ## all tests of kernels: in Triton's interpreter, or on a GPU; compiled for sm_90
+	$(bin)/python -c 'import triton' 2>/dev/null \
+		|| $(bin)/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[triton]'
+	$(bin)/python -m pytest $(KERNEL_ARGS)
 
 lint: $(stamp) ## ruff: rules and format
 	$(bin)/ruff check .

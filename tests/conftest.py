@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+# before a test defines a Triton kernel: without a GPU, kernels run in the interpreter
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,6 +46,13 @@ def _same_costs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     table = PassCost(rows=(1, 65), contexts=(64,), seconds=((1.0, 1.5),))
     monkeypatch.setattr(generator, "pass_cost", lambda backend: table)
+
+
+@pytest.fixture(scope="session")
+def kernel_device() -> torch.device:
+    """Where kernels are tested: a GPU runs them natively, unless TRITON_INTERPRET is set."""
+    native = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") == "0"
+    return torch.device("cuda" if native else "cpu")
 
 
 @pytest.fixture(scope="session")
