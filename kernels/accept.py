@@ -87,7 +87,8 @@ def accept_tree(
             )
     if not temperature > 0.0:
         raise ValueError(f"temperature must be positive; got {temperature} (greedy: no noise_keys)")
-    if resolve(impl, "accept_tree", IMPLEMENTATIONS, logits) == "triton":
+    fast = logits.dtype != torch.float64  # which Triton's refuses
+    if resolve(impl, "accept_tree", IMPLEMENTATIONS, logits, fast=fast) == "triton":
         from specdec.kernels.accept_triton import accept_tree_triton as accept
     else:
         accept = accept_tree_reference

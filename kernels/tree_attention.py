@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec.kernels.implementations import resolve
 from specdec.kernels.tree_attention_reference import tree_attention_reference
+from specdec.kernels.tree_attention_tiles import WIDEST_HALF
 from specdec.kernels.tree_attention_torch import tree_attention_torch
 from specdec.kernels.tree_mask import num_words, unpack_ancestors
 
@@ -56,8 +57,8 @@ def tree_attention(
         softcap: scores become ``softcap * tanh(score / softcap)``; None for no cap.
         sinks: ``[Hq]`` floating point: for each query head a logit that takes part in the softmax
             and has no value (GPT-OSS); not capped. None for none.
-        impl: "triton"; "torch"; "reference"; or "auto": "triton" on a GPU for half precision where
-            triton is installed, "torch" else.
+        impl: "triton"; "torch"; "reference"; or "auto": "triton" on a GPU for half precision and
+            D up to 256 where triton is installed, "torch" else.
         check_values: whether lengths and bits are checked too, which reads them on the host. None:
             on the CPU only, since elsewhere that waits for the device. Unchecked wrong values
             read and write outside of the tensors.
@@ -74,7 +75,8 @@ def tree_attention(
     if check_values or (check_values is None and query.device.type == "cpu"):
         _check_values(ancestors, context_lengths, num_nodes, key.shape[2])
     attend: Callable[..., Tensor]
-    chosen = resolve(impl, "tree_attention", IMPLEMENTATIONS, query, fast=query.dtype in _HALVES)
+    fast = query.dtype in _HALVES and query.shape[3] <= WIDEST_HALF
+    chosen = resolve(impl, "tree_attention", IMPLEMENTATIONS, query, fast=fast)
     if chosen == "triton":
         # here and not above: this module imports triton
         from specdec.kernels.tree_attention_triton import tree_attention_triton

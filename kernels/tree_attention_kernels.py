@@ -114,8 +114,10 @@ def partial_kernel(
     if UPCAST:
         q = q.to(tl.float32)
     # one 64-bit base and 32-bit offsets: a tile of 64-bit addresses would fill the registers
-    k_head, k_at = k_ptr + batch * k_b + kv_head * k_h, n[:, None] * k_s + d[None, :] * k_d
-    v_head, v_at = v_ptr + batch * v_b + kv_head * v_h, n[:, None] * v_s + d[None, :] * v_d
+    k_head = k_ptr + batch * k_b + kv_head.to(tl.int64) * k_h
+    v_head = v_ptr + batch * v_b + kv_head.to(tl.int64) * v_h
+    k_at = n[:, None] * k_s + d[None, :] * k_d
+    v_at = n[:, None] * v_s + d[None, :] * v_d
     ancestors = ancestors_ptr + batch * N * WORDS
     depth = tl.zeros_like(node)
     if WINDOWED:

@@ -41,6 +41,7 @@ _HALF: dict[int, tuple[tuple[int, Tile], ...]] = {
         (128, Tile(128, 32, 16, 8, 3, 1)),
     ),
 }
+WIDEST_HALF = max(_HALF)
 # float32 multiplies without tensor cores: small tiles, for tests rather than for speed; none that
 # was tried holds a head of 256 in registers
 _SINGLE: dict[int, tuple[tuple[int, Tile], ...]] = {

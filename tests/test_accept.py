@@ -102,8 +102,9 @@ def test_walks_like_the_production_verifier(impl, noisy, dtype, kernel_device):
 @triton_only
 @pytest.mark.slow
 @pytest.mark.parametrize("noisy", [False, True])
-@pytest.mark.parametrize("vocab_size", [1, 5, 4096, 4097, 50_257])
-@pytest.mark.parametrize("nodes", [1, 7, 33])
+@pytest.mark.parametrize(
+    ("nodes", "vocab_size"), [(1, 1), (7, 5), (1, 50_257), (7, 4096), (7, 4097), (33, 600)]
+)
 def test_triton_chooses_what_the_reference_does(nodes, vocab_size, noisy, kernel_device):
     trees = make_trees(4, nodes, vocab_size, seed=nodes + vocab_size)
     keys = some_keys(4) if noisy else None
