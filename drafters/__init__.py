@@ -3,6 +3,7 @@
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.small_model import SmallModel
+from specdec.drafters.suffix import Suffix
 from specdec.drafters.token_recycling import TokenRecycling
 
-__all__ = ["EarlyExit", "PromptLookup", "SmallModel", "TokenRecycling"]
+__all__ = ["EarlyExit", "PromptLookup", "SmallModel", "Suffix", "TokenRecycling"]

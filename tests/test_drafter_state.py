@@ -12,13 +12,13 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from specdec import SpeculativeGenerator
-from specdec.drafters import TokenRecycling
+from specdec.drafters import Suffix, TokenRecycling
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.errors import StateError
 from specdec.types import TargetInfo
 
 # how to make each learning drafter; what it learns must survive a file
-LEARNERS = {"token_recycling": TokenRecycling}
+LEARNERS = {"suffix": Suffix, "token_recycling": TokenRecycling}
 
 
 @pytest.fixture(scope="module")

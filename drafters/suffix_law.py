@@ -1,0 +1,204 @@
+"""The law of suffix drafting: what followed the longest matches, as likely as it has been."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from operator import itemgetter, neg
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from specdec.drafters.suffix_automaton import SuffixAutomaton
+from specdec.drafters.suffix_calibration import OWN, SuffixCalibration
+from specdec.types import LawRows
+
+_OWN_BONUS = 1  # tokens by which a match in an earlier text must be longer to come first
+_ENOUGH = 0.8  # when the guesses so far are as likely together, no shorter match is asked
+_CERTAIN = 0.98  # the guesses of one match are together never more likely than this
+_LEAST_CHANCE = 0.002  # of a path; a guess that makes it less likely is left out
+_MAX_GUESSES = 16  # of a row
+
+Match = tuple[int, int]  # a state and the matched length in tokens
+Source = tuple[SuffixAutomaton, int]  # and OWN or STORED
+Context = tuple[int, int, int, Source]  # precedence, state, length
+
+
+Found = tuple[float, int, int, int]  # chance, token, cell of the calibration, rank of the match
+
+
+class _Guesses(NamedTuple):
+    """What may follow a match.
+
+    Attributes:
+        tokens: from likely to unlikely.
+        log_chances: of `tokens`.
+        found: all guesses, as they were found.
+        rest: chance that none of them is right; 0 where the commonest tokens are not asked.
+        complete: whether the commonest tokens are among them, if they are asked at all.
+    """
+
+    tokens: list[int]
+    log_chances: list[float]
+    found: dict[int, Found]
+    rest: float
+    complete: bool
+
+
+class SuffixLaw:
+    """A law that walks the automata: a handle stands for its longest match in each of them.
+
+    A match may run into the tokens of the path, which are text if the path is right.
+
+    Attributes:
+        match_length: tokens of the longest match at the root; 0 if nothing matched.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        matches: tuple[Match, ...],
+        calibration: SuffixCalibration,
+        max_contexts: int,
+        max_successors: int,
+    ) -> None:
+        self._sources = sources
+        self._calibration_chances = list(calibration.chances)
+        self._max_contexts = max_contexts
+        self._max_successors = max_successors
+        self._matches = [matches]
+        self._log_paths = [0.0]
+        self._known: dict[tuple[Match, ...], _Guesses] = {}
+        # the same behind every node, so they are ranked once
+        common: dict[int, Found] = {}
+        self._ask([(0, 0, 0, source) for source in sources[:2]], common, 1.0, rank=max_contexts)
+        self._common = sorted(common.values(), key=itemgetter(0), reverse=True)
+        self.match_length = max(length for _, length in matches)
+
+    def extend(self, parent: int, token: int) -> int:
+        """Returns a new handle for `parent` followed by `token`."""
+        matches = self._matches[parent]
+        guesses = self._known.get(matches)
+        log_path = self._log_paths[parent]
+        if guesses is not None and token in guesses.tokens:
+            log_chance = guesses.log_chances[guesses.tokens.index(token)]
+            if log_path + log_chance >= math.log(_LEAST_CHANCE):  # it stands in the node's row
+                log_path += log_chance
+        self._log_paths.append(log_path)
+        self._matches.append(
+            tuple(
+                [
+                    source[0].advance(*match, token)
+                    for source, match in zip(self._sources, matches, strict=True)
+                ]
+            )
+        )
+        return len(self._matches) - 1
+
+    def rows(self, handles: Sequence[int]) -> LawRows:
+        """Returns the chances of what may follow, sorted; see `specdec.types.DraftLaw.rows`."""
+        picked = []
+        for handle in handles:
+            least = _LEAST_CHANCE * math.exp(-self._log_paths[handle])
+            guesses = self._guesses(handle, least)
+            count = bisect_right(guesses.log_chances, -math.log(least), key=neg)
+            picked.append((guesses, count))
+        width = max([1, *(count for _, count in picked)])
+        ids: list[int] = []
+        log_chances: list[float] = []
+        for guesses, count in picked:
+            ids += guesses.tokens[:count]
+            ids += [-1] * (width - count)
+            log_chances += guesses.log_chances[:count]
+            log_chances += [-math.inf] * (width - count)
+        return LawRows(
+            torch.from_numpy(np.array(log_chances, dtype=np.float32).reshape(-1, width)),
+            torch.from_numpy(np.array(ids, dtype=np.int64).reshape(-1, width)),
+        )
+
+    def record(self, handle: int, token: int, calibration: SuffixCalibration) -> None:
+        """Counts the guesses at a handle, whose true successor has become known.
+
+        A context that comes after the one that was right is not counted: its chances are those of
+        guesses that the contexts before it leave open.
+        """
+        found = self._guesses(handle, least=0.0).found
+        last = found[token][3] if token in found else math.inf
+        for _, guess, cell, rank in found.values():
+            if rank > last:
+                break
+            calibration.record(cell, guess == token)
+
+    def _guesses(self, handle: int, least: float) -> _Guesses:
+        """Returns all guesses at a handle that may be at least so likely."""
+        matches = self._matches[handle]
+        guesses = self._known.get(matches)
+        if guesses is None:
+            found: dict[int, Found] = {}
+            rest = self._ask(self._contexts(matches), found, 1.0)
+            guesses = self._known[matches] = _sorted(found, rest, complete=not self._common)
+        # most nodes are too unlikely for the commonest tokens, which would take half the time
+        if not guesses.complete and guesses.rest * self._common[0][0] >= least:
+            found, rest = guesses.found.copy(), guesses.rest
+            for chance, token, cell, rank in self._common:
+                if len(found) >= _MAX_GUESSES:
+                    break
+                if token not in found:
+                    found[token] = chance * rest, token, cell, rank
+            guesses = self._known[matches] = _sorted(found, rest, complete=True)
+        return guesses
+
+    def _contexts(self, matches: tuple[Match, ...]) -> list[Context]:
+        """Returns the matches to ask, the best one first."""
+        contexts = []
+        for source, (state, length) in zip(self._sources, matches, strict=True):
+            bonus = _OWN_BONUS if source[1] == OWN else 0
+            for _ in range(self._max_contexts):
+                if state == 0:
+                    break
+                contexts.append((length + bonus, state, length, source))
+                state, length = source[0].shorter(state)
+        contexts.sort(key=itemgetter(0), reverse=True)  # stable: this text, then the younger store
+        return contexts[: self._max_contexts]
+
+    def _ask(
+        self, contexts: Sequence[Context], found: dict[int, Found], rest: float, rank: int = 0
+    ) -> float:
+        """Adds what followed each match to `found`; returns the chance left for other tokens."""
+        known = self._calibration_chances
+        for _, state, length, (automaton, source) in contexts:
+            ranked, total, latest = automaton.successors(state)
+            if found:
+                fresh = []
+                for pair in ranked:
+                    if pair[0] in found:
+                        total -= pair[1]
+                    else:
+                        fresh.append(pair)
+                ranked = fresh
+            if ranked:
+                ranked = ranked[: self._max_successors]
+                cells = SuffixCalibration.cells(source, length, ranked, total, latest)
+                chances = [known[cell] for cell in cells]
+                together = sum(chances)
+                scale = rest if together <= _CERTAIN else rest * _CERTAIN / together
+                for (token, _), chance, cell in zip(ranked, chances, cells, strict=True):
+                    found[token] = chance * scale, token, cell, rank
+                rest *= 1.0 - min(together, _CERTAIN)
+                if rest < 1.0 - _ENOUGH:
+                    return 0.0
+            rank += 1
+        return rest
+
+
+def _sorted(found: dict[int, Found], rest: float, *, complete: bool) -> _Guesses:
+    best = sorted(found.values(), key=itemgetter(0), reverse=True)[:_MAX_GUESSES]
+    return _Guesses(
+        [guess[1] for guess in best],
+        [math.log(guess[0]) for guess in best],
+        found,
+        rest,
+        complete or rest == 0.0,
+    )
