@@ -41,8 +41,7 @@ class SuffixAutomaton:
     Appending a token takes constant time on average. A state's number of occurrences is kept by
     climbing the links from each new token (three or four steps in ordinary text), so that it is
     exact at any time; only contexts more than 64 links up, as periodic text has, are counted too
-    low. Counts of edges
-    would need the same climb.
+    low. Counting traversed edges instead would take the same climb.
 
     Source: Blumer et al., "The smallest automaton recognizing the subwords of a text" (1985), used
     for drafting by SAM-Decoding (arXiv 2411.10666). There a state knows where it ended first; here
