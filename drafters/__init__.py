@@ -1,9 +1,10 @@
 """Drafters: cheap guesses about what the target will write."""
 
 from specdec.drafters.early_exit import EarlyExit
+from specdec.drafters.hybrid import Hybrid
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.small_model import SmallModel
 from specdec.drafters.suffix import Suffix
 from specdec.drafters.token_recycling import TokenRecycling
 
-__all__ = ["EarlyExit", "PromptLookup", "SmallModel", "Suffix", "TokenRecycling"]
+__all__ = ["EarlyExit", "Hybrid", "PromptLookup", "SmallModel", "Suffix", "TokenRecycling"]

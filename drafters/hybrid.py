@@ -23,7 +23,8 @@ from specdec.types import (
 )
 
 _SHORTLIST = 16  # tokens of a source's row that are looked at
-_RATE = 0.02  # by which a step moves the trust
+_SLOWEST_RATE = 0.02  # by which an outcome moves the trust; the first ones move it faster
+_PRIOR_OUTCOMES = 3.0
 # how sure a source must be of its first token to come into the next class
 _CLASSES = np.array([0.15, 0.35, 0.6, 0.85])
 
@@ -53,7 +54,7 @@ class Hybrid(LearningDrafter):
         self.sources = tuple(sources)
         wanted = max(source.needs.prompt_top_k for source in sources)
         self.needs = DrafterNeeds(prompt_top_k=wanted)
-        self._weights = self._even_weights()
+        self._forget()
         self._laws: dict[int, _MixedLaw] = {}
 
     def attach(self, target: TargetInfo) -> None:
@@ -107,14 +108,14 @@ class Hybrid(LearningDrafter):
 
     def reset(self) -> None:
         """Forgets the weights and everything the sources have learned."""
-        self._weights = self._even_weights()
+        self._forget()
         self._laws.clear()
         for source in self.sources:
             source.reset()
 
     def state(self) -> LearnedState:
         """Returns the weights and the states of the sources that learn."""
-        own = LearnedState({"weights": self._weights})
+        own = LearnedState({"weights": self._weights, "outcomes": self._outcomes})
         return LearnedState.joined({"mixture": own} | {s.name: s.state() for s in self._learners})
 
     def restore(self, state: LearnedState) -> None:
@@ -123,10 +124,13 @@ class Hybrid(LearningDrafter):
         names = {"mixture", *(source.name for source in learning)}
         if set(state.facts) != names:
             raise StateError(f"expected the sources {sorted(names)}, got {sorted(state.facts)}")
-        shape = self._weights.shape
-        weights = state.part("mixture").array("weights", shape, np.float64)
+        own = state.part("mixture")
+        weights = own.array("weights", self._weights.shape, np.float64)
+        outcomes = own.array("outcomes", self._outcomes.shape, np.float64)
         if not np.allclose(weights.sum(axis=-1), 1.0) or weights.min() < 0:
             raise StateError("the weights of a mixture must be shares that sum to one")
+        if not outcomes.min() >= 0:
+            raise StateError("the outcomes of a mixture must be counts")
         before = {source.name: source.state() for source in learning}
         try:
             for source in learning:
@@ -135,7 +139,7 @@ class Hybrid(LearningDrafter):
             for source in learning:
                 source.restore(before[source.name])
             raise
-        self._weights = weights
+        self._weights, self._outcomes = weights, outcomes
 
     def weights_for(self, classes: np.ndarray) -> np.ndarray:
         """Returns ``[n, sources]`` weights for ``[n, sources]`` classes of sureness."""
@@ -148,16 +152,19 @@ class Hybrid(LearningDrafter):
             return
         shares = mixture.weights * mixture.probs[:, hit][:, 0]
         place = tuple(mixture.classes)
-        self._weights[place] += _RATE * (shares / shares.sum() - self._weights[place])
+        self._outcomes[place] += 1
+        rate = max(_SLOWEST_RATE, 1 / (self._outcomes[place] + _PRIOR_OUTCOMES))
+        self._weights[place] += rate * (shares / shares.sum() - self._weights[place])
 
     @property
     def _learners(self) -> list[LearningDrafter]:
         return [source for source in self.sources if isinstance(source, LearningDrafter)]
 
-    def _even_weights(self) -> np.ndarray:
+    def _forget(self) -> None:
         count = len(self.sources)
         shape = (len(_CLASSES) + 2,) * count
-        return np.full((*shape, count), 1.0 / count)
+        self._weights: np.ndarray = np.full((*shape, count), 1.0 / count)
+        self._outcomes: np.ndarray = np.zeros(shape)
 
 
 class _Mixture(NamedTuple):
