@@ -54,6 +54,8 @@ class Hybrid(LearningDrafter):
         self.sources = tuple(sources)
         wanted = max(source.needs.prompt_top_k for source in sources)
         self.needs = DrafterNeeds(prompt_top_k=wanted)
+        self._weights: np.ndarray
+        self._outcomes: np.ndarray
         self._forget()
         self._laws: dict[int, _MixedLaw] = {}
 
@@ -163,8 +165,8 @@ class Hybrid(LearningDrafter):
     def _forget(self) -> None:
         count = len(self.sources)
         shape = (len(_CLASSES) + 2,) * count
-        self._weights: np.ndarray = np.full((*shape, count), 1.0 / count)
-        self._outcomes: np.ndarray = np.zeros(shape)
+        self._weights = np.full((*shape, count), 1.0 / count)
+        self._outcomes = np.zeros(shape)
 
 
 class _Mixture(NamedTuple):
