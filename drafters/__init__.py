@@ -6,5 +6,14 @@ from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.small_model import SmallModel
 from specdec.drafters.suffix import Suffix
 from specdec.drafters.token_recycling import TokenRecycling
+from specdec.drafters.trigram import Trigram
 
-__all__ = ["EarlyExit", "Hybrid", "PromptLookup", "SmallModel", "Suffix", "TokenRecycling"]
+__all__ = [
+    "EarlyExit",
+    "Hybrid",
+    "PromptLookup",
+    "SmallModel",
+    "Suffix",
+    "TokenRecycling",
+    "Trigram",
+]

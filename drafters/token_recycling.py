@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.drafters.calibration import Calibration
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.errors import ConfigError, StateError
 from specdec.kernels.top_k_rows import top_k_rows
@@ -20,10 +21,6 @@ from specdec.types import (
     StepOutcome,
     TargetInfo,
 )
-
-# survivor-probability edges of the calibration buckets
-_EDGES = np.log(np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95], dtype=np.float32))
-_PRIOR_STRENGTH = 20.0
 
 
 class TokenRecycling(LearningDrafter):
@@ -56,7 +53,7 @@ class TokenRecycling(LearningDrafter):
         self.needs = DrafterNeeds(prompt_top_k=num_successors if prompt_rows else 0)
         self._successors = np.zeros((0, num_successors), dtype=np.int32)
         self._log_shares = np.zeros((0, num_successors), dtype=np.float16)
-        self._calibration = _Calibration(num_successors)
+        self._calibration = Calibration(num_successors)
 
     def attach(self, target: TargetInfo) -> None:
         """Makes the matrix for a vocabulary; keeps a learned one that already fits."""
@@ -114,7 +111,7 @@ class TokenRecycling(LearningDrafter):
         """Forgets the matrix and the calibration."""
         self._successors.fill(-1)
         self._log_shares.fill(-np.inf)
-        self._calibration = _Calibration(self._k)
+        self._calibration = Calibration(self._k)
 
     def state(self) -> LearnedState:
         """Returns the matrix and the calibration; the vocabulary and k are in their shapes."""
@@ -122,8 +119,7 @@ class TokenRecycling(LearningDrafter):
             {
                 "successors": self._successors,
                 "log_shares": self._log_shares,
-                "hits": self._calibration.hits,
-                "trials": self._calibration.trials,
+                **self._calibration.state().arrays,
             }
         )
 
@@ -134,11 +130,7 @@ class TokenRecycling(LearningDrafter):
         if successors.max(initial=-1) >= len(successors) or successors.min(initial=-1) < -1:
             raise StateError("table 'successors' holds ids that are not in its vocabulary")
         log_shares = state.array("log_shares", successors.shape, np.float16)
-        calibration = _Calibration(self._k)
-        calibration.hits = state.array("hits", calibration.hits.shape, np.float64)
-        calibration.trials = state.array("trials", calibration.trials.shape, np.float64)
-        if not (calibration.hits > 0).all() or not (calibration.trials > 0).all():
-            raise StateError("tables 'hits' and 'trials' must hold positive counts")
+        calibration = Calibration.restored(state, self._k)
         self._successors, self._log_shares = successors, log_shares
         self._calibration = calibration
 
@@ -163,37 +155,3 @@ class _MatrixLaw:
 
     def rows(self, handles: Sequence[int]) -> LawRows:
         return self._drafter.rows_of([self._tokens[handle] for handle in handles])
-
-
-class _Calibration:
-    """Counts how often a guess of a given rank and survivor share was the next token."""
-
-    def __init__(self, num_ranks: int) -> None:
-        buckets = len(_EDGES) + 1
-        # before anything was counted: about half the share, since the context is another one
-        share = np.exp(np.concatenate([_EDGES[:1] - 1, (_EDGES[1:] + _EDGES[:-1]) / 2, [0.0]]))
-        prior = np.repeat(0.55 * share[None, :], num_ranks, axis=0)
-        self.hits = prior * _PRIOR_STRENGTH
-        self.trials = np.full((num_ranks, buckets), _PRIOR_STRENGTH)
-        self._ranks = np.arange(num_ranks)
-
-    def log_chance(self, log_shares: np.ndarray) -> np.ndarray:
-        """Returns ``[n, k]`` float32 log-probabilities, falling along each row."""
-        table = np.log(self.hits / self.trials).astype(np.float32)
-        buckets = np.searchsorted(_EDGES, log_shares.astype(np.float32))
-        # the best guess stays first: a law's rows are sorted
-        chance = np.minimum.accumulate(table[self._ranks, buckets], axis=1)
-        # together the guesses cannot be more than certain
-        excess = np.log(np.maximum(np.exp(chance).sum(axis=1, keepdims=True), 1.0))
-        calibrated: np.ndarray = chance - excess
-        return calibrated
-
-    def record(self, log_shares: np.ndarray, ids: np.ndarray, emitted: np.ndarray) -> None:
-        """Counts rows whose true next token has become known."""
-        known = ids[:, 0] >= 0
-        if not known.any():
-            return
-        buckets = np.searchsorted(_EDGES, log_shares[known].astype(np.float32))
-        ranks = np.broadcast_to(self._ranks, buckets.shape)
-        np.add.at(self.trials, (ranks, buckets), 1.0)
-        np.add.at(self.hits, (ranks, buckets), ids[known] == emitted[known, None])

@@ -27,6 +27,12 @@ def _small_model() -> Any:
     )
 
 
+def _hybrid() -> Any:
+    from specdec.drafters import Hybrid, Suffix, Trigram
+
+    return Hybrid([Suffix(), Trigram()])
+
+
 def _policy(name: str) -> Callable[[], Any]:
     def make() -> Any:
         import specdec.trees as trees
@@ -47,10 +53,12 @@ def _verifier(name: str) -> Callable[[], Any]:
 
 DRAFTERS: dict[str, Callable[[], Any]] = {
     "early_exit": _drafter("EarlyExit"),
+    "hybrid": _hybrid,
     "prompt_lookup": _drafter("PromptLookup"),
     "small_model": _small_model,
     "suffix": _drafter("Suffix"),
     "token_recycling": _drafter("TokenRecycling"),
+    "trigram": _drafter("Trigram"),
 }
 POLICIES: dict[str, Callable[[], Any]] = {
     "best_first": _policy("BestFirst"),
@@ -61,6 +69,7 @@ POLICIES: dict[str, Callable[[], Any]] = {
     "dyspec_threshold": _policy("DySpecThreshold"),
     "iid": _policy("Iid"),
     "marginals": _policy("Marginals"),
+    "monte_carlo": _policy("MonteCarlo"),
     "rsd_c": _policy("RsdC"),
     "rsd_s": _policy("RsdS"),
     "sampled_plus_top": _policy("SampledPlusTop"),
@@ -79,7 +88,7 @@ VERIFIERS: dict[str, Callable[[], Any]] = {
 }
 
 # what "auto" means for the drafter; `specdec.auto` fits policy and verifier to it
-_AUTO_DRAFTER = "token_recycling"
+_AUTO_DRAFTER = "hybrid"
 
 
 def build_drafter(spec: str | Drafter | None) -> Drafter | None:

@@ -481,7 +481,7 @@ def test_a_budget_that_is_none_is_refused(model: Any, budget: Any) -> None:
 @pytest.mark.parametrize(
     ("part", "known"),
     [
-        ("drafter", ["prompt_lookup", "suffix", "token_recycling"]),
+        ("drafter", ["hybrid", "prompt_lookup", "suffix", "token_recycling", "trigram"]),
         ("policy", ["best_first", "chain", "static"]),
         ("verifier", ["coupled", "match", "rejection"]),
     ],

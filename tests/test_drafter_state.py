@@ -12,13 +12,18 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from specdec import SpeculativeGenerator
-from specdec.drafters import Suffix, TokenRecycling
+from specdec.drafters import Hybrid, Suffix, TokenRecycling, Trigram
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.errors import StateError
 from specdec.types import TargetInfo
 
 # how to make each learning drafter; what it learns must survive a file
-LEARNERS = {"suffix": Suffix, "token_recycling": TokenRecycling}
+LEARNERS = {
+    "hybrid": lambda: Hybrid([Suffix(), Trigram(num_pairs=4096)]),
+    "suffix": Suffix,
+    "token_recycling": TokenRecycling,
+    "trigram": lambda: Trigram(num_pairs=4096),
+}
 
 
 @pytest.fixture(scope="module")

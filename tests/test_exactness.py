@@ -25,7 +25,7 @@ from specdec.testing.toys import (
     repetition_penalty,
     total_variation,
 )
-from specdec.trees import BestFirst, Chain, CoupledBestFirst, Static
+from specdec.trees import BestFirst, Chain, CoupledBestFirst, MonteCarlo, Static
 from specdec.trees.build import TreeBuilder
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root, TreePolicy, Verifier
 from specdec.verifiers import Coupled, Match, Rejection
@@ -50,6 +50,7 @@ def policies(draw: Draw) -> dict[str, tuple[TreePolicy, list[Budget]]]:
             "chain": (Chain(), [Budget(2, 2), small]),
             "static": (Static(TWO_BY_TWO), [Budget(6, 2), Budget(2, 1)]),
             "best_first": (BestFirst(max_branching=2), [Budget(4, 3), small]),
+            "monte_carlo": (MonteCarlo(num_iterations=12), [Budget(4, 3), small]),
         }
     return {
         "chain": (Chain(draw), [Budget(2, 2), small]),

@@ -114,7 +114,9 @@ def test_length(model: Any, free: list[list[int]], arguments: dict[str, Any]) ->
     assert_same(well_informed(model, free), tiny.ids(PROMPT), do_sample=False, **arguments)
 
 
-@pytest.mark.parametrize("drafter", [None, "token_recycling", "prompt_lookup", "suffix"])
+@pytest.mark.parametrize(
+    "drafter", [None, "token_recycling", "prompt_lookup", "suffix", "trigram", "hybrid"]
+)
 def test_the_named_drafters_and_none_write_the_same(model: Any, drafter: str | None) -> None:
     generator = SpeculativeGenerator(model, drafter=drafter)
     assert_same(generator, tiny.ids(PROMPT), max_new_tokens=NEW, do_sample=False)

@@ -16,7 +16,7 @@ from specdec.random import RandomSource
 from specdec.testing.enumerate import MisuseError, shared_streams
 from specdec.testing.monte_carlo import chi_square, noise_table, tabulated_streams
 from specdec.testing.toys import ToyDraft, ToyLoop, ToyTarget, ToyTargetLaw, repetition_penalty
-from specdec.trees import Chain, DraftTree, Static
+from specdec.trees import Chain, DraftTree, MonteCarlo, Static
 from specdec.trees.build import TreeBuilder
 from specdec.types import (
     Budget,
@@ -93,6 +93,42 @@ def test_order_and_number_of_siblings(
     policy, budget = Static(PAIR, draw), Budget(2, 1)
     assert loop_with(policy, Rejection(), budget, seed).error(PREFIX) < EXACT
     assert loop_with(policy, mutant, budget, seed).error(PREFIX) > threshold
+
+
+class SamplesEachPath(Match):
+    """Draws at every node once for each path through it, then takes the longest path that matches.
+
+    The acceptance rule of ADED's public code, and of others: a token with several paths below it
+    gets several chances.
+    """
+
+    def verify(self, tree: DraftTree, target: TargetLaw, random: RandomSource) -> Verdict:
+        best: Verdict | None = None
+        for leaf in range(len(tree)):
+            if tree.children[leaf]:
+                continue
+            ways = [leaf]
+            while ways[-1]:
+                ways.append(tree.parent_list[ways[-1]])
+            verdict = Verdict([], random.categorical(target.row(0)))
+            for node in reversed(ways[:-1]):
+                if tree.token_list[node] != verdict.next_token:
+                    break
+                verdict = Verdict([*verdict.path, node], random.categorical(target.row(node)))
+            if best is None or len(verdict.path) > len(best.path):
+                best = verdict
+        assert best is not None
+        return best
+
+
+@pytest.mark.parametrize("policy", [MonteCarlo(12), Static([(0,), (0, 0), (0, 1)])], ids=str)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_node_is_drawn_once_however_many_paths_lead_through_it(
+    policy: TreePolicy, seed: int
+) -> None:
+    budget = Budget(3, 2)
+    assert loop_with(policy, Match(), budget, seed).error(PREFIX, [budget]) < EXACT
+    assert loop_with(policy, SamplesEachPath(), budget, seed).error(PREFIX, [budget]) > 0.02
 
 
 @pytest.mark.parametrize(("seed", "threshold"), [(0, 0.1), (1, 0.005)])  # 0.22, 0.013

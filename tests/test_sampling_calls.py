@@ -75,7 +75,7 @@ POLICIES: dict[str, Any] = {
 
 @pytest.mark.parametrize("budget", [1, 12])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("drafter", ["token_recycling", "prompt_lookup", "suffix", "oracle"])
+@pytest.mark.parametrize("drafter", ["hybrid", "prompt_lookup", "suffix", "trigram", "oracle"])
 def test_the_text_is_the_same_whatever_was_drafted(
     model: Any, alone: list[list[int]], drafter: Any, policy: str, budget: int
 ) -> None:
@@ -102,7 +102,7 @@ def test_named_drafters_are_right_now_and_then(model: Any, plain: SpeculativeGen
     """A sharper law repeats itself, so that the identities above do cover accepted guesses."""
     arguments = {"temperature": 0.1, "repetition_penalty": 1.0, "max_new_tokens": 60, "seed": 3}
     expected = sampled(plain, PROMPT, **arguments)
-    for drafter in ("token_recycling", "prompt_lookup", "suffix"):
+    for drafter in ("token_recycling", "prompt_lookup", "suffix", "trigram", "hybrid"):
         generator = SpeculativeGenerator(model, drafter=drafter, verifier="coupled")
         assert sampled(generator, PROMPT, **arguments) == expected
         assert generator.stats.num_accepted > 3
@@ -113,7 +113,7 @@ def test_named_drafters_are_right_now_and_then(model: Any, plain: SpeculativeGen
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("order", [(2, 1, 0), (2, 0), (1, 1, 2, 0, 0)], ids=str)
-@pytest.mark.parametrize("drafter", [None, "token_recycling", "suffix", "oracle"])
+@pytest.mark.parametrize("drafter", [None, "token_recycling", "hybrid", "oracle"])
 def test_the_text_is_the_same_in_every_batch(
     model: Any, alone: list[list[int]], drafter: Any, order: tuple[int, ...], side: str
 ) -> None:

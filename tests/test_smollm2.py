@@ -14,11 +14,10 @@ import pytest
 import torch
 
 from specdec import SpeculativeGenerator
-from specdec.drafters import PromptLookup, Suffix, TokenRecycling
 from specdec.prompts import encode, read_prompts, spread_over_categories
 
 OWN_PROMPTS = Path(__file__).parent / "data" / "prompts.jsonl"
-DRAFTERS = {"token_recycling": TokenRecycling, "prompt_lookup": PromptLookup, "suffix": Suffix}
+DRAFTERS = ("token_recycling", "prompt_lookup", "suffix", "trigram", "hybrid")
 POLICIES = ("best_first", "static", "chain")
 NEW_TOKENS = 96
 NUM_PROMPTS = 40

@@ -5,6 +5,7 @@ from specdec.trees.chain import Chain
 from specdec.trees.coupled_best_first import CoupledBestFirst
 from specdec.trees.dyspec import DySpec, DySpecLayered, DySpecThreshold
 from specdec.trees.marginals import Marginals
+from specdec.trees.monte_carlo import MonteCarlo
 from specdec.trees.rsd import RsdC, RsdS
 from specdec.trees.sampled_plus_top import SampledPlusTop
 from specdec.trees.shapes import Iid, Sequoia, Stem
@@ -21,6 +22,7 @@ __all__ = [
     "DySpecThreshold",
     "Iid",
     "Marginals",
+    "MonteCarlo",
     "RsdC",
     "RsdS",
     "SampledPlusTop",

@@ -1,0 +1,303 @@
+"""Trigram: what the target thought after two tokens, kept for the next time they stand so."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from specdec.drafters.calibration import Calibration
+from specdec.drafters.counted_rows import counted_rows, triples_of
+from specdec.drafters.learning import LearnedState, LearningDrafter
+from specdec.drafters.pair_store import NO_TOKEN, PairStore, StoredRows
+from specdec.errors import ConfigError, StateError
+from specdec.kernels.top_k_rows import top_k_rows
+from specdec.types import (
+    DraftContext,
+    DrafterNeeds,
+    DraftLaw,
+    LawRows,
+    PromptRows,
+    StepOutcome,
+    TargetInfo,
+)
+
+
+class _Views(NamedTuple):
+    """The three sources of guesses at n places, and how sure each is to be counted."""
+
+    pair: StoredRows  # after both tokens
+    single: StoredRows  # after the last token, where the pair is unknown
+    rest: StoredRows  # after the last token, what the known pair's row does not name
+
+
+class Trigram(LearningDrafter):
+    """Remembers, for each pair of tokens, the target's k best successors when it last stood there.
+
+    Every node of every tree writes its row under (its parent's token, its own), accepted or not,
+    and so does every prompt position; a later row replaces an earlier one. Each row is written
+    under the last token alone too. A node's guesses are those of its pair, then those of its last
+    token that the pair's row does not name; where the pair was never seen, the last token's. The
+    chance of each is counted by source, rank and share, so that trees can be grown best first.
+
+    Source: the tri-gram store of Adaptive Draft-Verification (ADED, arXiv 2407.12021). Where we
+    differ: it counts a corpus and raises by a constant what the text repeats, over a store that
+    only grows; here the target's own distributions are the store, rejected branches included, as
+    in token recycling (arXiv 2408.08696), no corpus is needed, memory is fixed and the pairs
+    written longest ago give way. A corpus may be counted beforehand (`learn`, `from_corpus`).
+
+    Rows of a batch, and calls, share the store: it changes which guesses are made, never the text.
+
+    Args:
+        num_pairs: slots of the store, for pairs and single tokens together. One takes 12 + 6 k
+            bytes, whatever the vocabulary: 31 MB by default.
+        num_successors: k, the entries of a row.
+        prompt_rows: learn from the prompt's positions too; it costs the language-model head there.
+
+    Raises:
+        ConfigError: if there are less than eight slots or no successors.
+    """
+
+    name = "trigram"
+
+    def __init__(
+        self, num_pairs: int = 1 << 19, num_successors: int = 8, prompt_rows: bool = True
+    ) -> None:
+        self._store = PairStore(num_pairs, num_successors)
+        self._k = num_successors
+        self.needs = DrafterNeeds(prompt_top_k=num_successors if prompt_rows else 0)
+        self._vocab_size = 0  # 0: not attached yet
+        self._num_seen = 0  # one above the largest id of a corpus
+        self._before: dict[int, int] = {}  # the token before the root, by row
+        self._make_calibrations()
+
+    @classmethod
+    def from_corpus(
+        cls,
+        source: str | os.PathLike[str] | Iterable[str],
+        tokenizer: Any,
+        **options: Any,
+    ) -> Trigram:
+        """Returns a drafter that has counted a corpus.
+
+        Args:
+            source: the path of one UTF-8 text, or the texts themselves.
+            tokenizer: the target's, as transformers makes them.
+            options: as in `Trigram`.
+        """
+        if isinstance(source, str | os.PathLike):
+            source = [Path(source).read_text(encoding="utf-8")]
+        texts = [tokenizer(text, add_special_tokens=False, verbose=False) for text in source]
+        drafter = cls(**options)
+        drafter.learn(*(text["input_ids"] for text in texts))
+        return drafter
+
+    def learn(self, *texts: Sequence[int]) -> None:
+        """Counts token ids: what followed each pair and each token becomes its row.
+
+        One call counts all its texts together, and replaces the rows of pairs known before; each
+        share is count / (total + 1), so that what was seen once is not taken for certain. Of more
+        pairs than fit the most frequent stay. Working memory is about 100 bytes a token.
+
+        Args:
+            texts: the ids of each; no pair reaches over the end of one.
+
+        Raises:
+            ConfigError: if an id is negative or not in the vocabulary of the attached target.
+        """
+        arrays = [np.asarray(text, dtype=np.int64).reshape(-1) for text in texts]
+        highest = max((int(ids.max(initial=-1)) for ids in arrays), default=-1)
+        lowest = min((int(ids.min(initial=0)) for ids in arrays), default=0)
+        if lowest < 0 or highest >= (self._vocab_size or np.iinfo(np.int32).max):
+            raise ConfigError(
+                f"token ids must be from 0 to below {self._vocab_size or 'the vocabulary size'}, "
+                f"got {lowest} to {highest}; use the target's own tokenizer"
+            )
+        self._num_seen = max(self._num_seen, highest + 1)
+        for rows in counted_rows(triples_of(arrays), self._k):
+            self._store.write(*rows)
+
+    def attach(self, target: TargetInfo) -> None:
+        """Fits the store to a vocabulary; keeps a learned one that already fits."""
+        if self._k > target.vocab_size:
+            raise ConfigError(
+                f"num_successors is {self._k}, but the vocabulary has {target.vocab_size} tokens"
+            )
+        other = self._vocab_size not in (0, target.vocab_size) and len(self._store) > 0
+        if other or self._num_seen > target.vocab_size:
+            learned = max(self._vocab_size, self._num_seen)
+            raise ConfigError(
+                f"this trigram store was learned for {learned} tokens, the target has "
+                f"{target.vocab_size}; make a new drafter or call reset()"
+            )
+        self._vocab_size = target.vocab_size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the store when it is full."""
+        return self._store.nbytes
+
+    def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
+        """Writes the prompt's rows."""
+        self._before[row] = prompt[-1] if prompt else NO_TOKEN  # the root is the token after it
+        if prompt_rows is not None and len(prompt_rows.ids):
+            count = len(prompt_rows.ids)
+            tokens = np.array([NO_TOKEN, *prompt[-count - 1 :]][-count - 1 :])
+            self._write(tokens[:-1], tokens[1:], prompt_rows.ids, prompt_rows.logits)
+
+    def law(self, context: DraftContext) -> DraftLaw:
+        """Returns the law that follows the store from the root."""
+        before = context.tokens[-2] if len(context.tokens) > 1 else NO_TOKEN
+        self._before[context.row] = before
+        return _PairLaw(self, before, context.tokens[-1])
+
+    def rows_of(self, firsts: Sequence[int], seconds: Sequence[int]) -> tuple[LawRows, np.ndarray]:
+        """Returns the rows of pairs, and ``[n]`` bool: which of the pairs are known.
+
+        Args:
+            firsts: n token ids, or `NO_TOKEN` where there is none.
+            seconds: n token ids.
+
+        Returns:
+            ids ``[n, 2 k]`` and the estimated chance that each is the next token.
+        """
+        views = self._views(firsts, seconds)
+        known = views.pair.found
+        of_pair = known[:, None]
+        ids = np.where(of_pair, views.pair.ids, views.single.ids)
+        log_shares = np.where(of_pair, views.pair.log_shares, views.single.log_shares)
+        log_chances = self._log_chances(known, log_shares, views.rest.log_shares)
+        ids = np.concatenate([ids, views.rest.ids], axis=1)
+        log_chances[ids < 0] = -np.inf
+        places = np.arange(len(ids))[:, None], np.argsort(-log_chances, axis=1, kind="stable")
+        log_chances, ids = log_chances[places], ids[places].astype(np.int64)
+        # together the guesses cannot be more than certain
+        total = np.exp(log_chances).sum(axis=1, keepdims=True)
+        log_chances -= np.log(np.maximum(total, 1.0))
+        return LawRows(torch.from_numpy(log_chances), torch.from_numpy(ids)), known
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Counts which guesses were right, then stores every node's logits."""
+        tree, emitted = outcome.tree, np.asarray(outcome.emitted)
+        seconds = np.array(tree.token_list)
+        firsts = np.append(
+            self._before.get(outcome.row, NO_TOKEN), seconds[np.array(tree.parent_list[1:], int)]
+        )
+        visited = [0, *outcome.path][: len(emitted)]
+        views = self._views(firsts[visited], seconds[visited])
+        counted = (self._pair_chances, self._single_chances, self._rest_chances)
+        for calibration, rows in zip(counted, views, strict=True):
+            calibration.record(rows.log_shares, rows.ids, emitted)
+        values, best = top_k_rows(outcome.logits[: len(tree)], self._k)
+        # shallow first, the accepted path last: the row with the truest context stays
+        on_path = {0, *outcome.path}
+        order = sorted(range(len(tree)), key=lambda n: (n in on_path, tree.depth_list[n]))
+        self._write(firsts[order], seconds[order], best[order].cpu(), values[order].cpu())
+        self._before[outcome.row] = [tree.token_list[0], *outcome.emitted][-2]
+
+    def stop(self, row: int) -> None:
+        """Forgets which token stood before the row's root."""
+        self._before.pop(row, None)
+
+    def reset(self) -> None:
+        """Forgets the store and the calibrations, what a corpus gave included."""
+        self._store.clear()
+        self._num_seen = 0
+        self._make_calibrations()
+
+    def state(self) -> LearnedState:
+        """Returns the store and the calibrations."""
+        facts = LearnedState({}, {"vocab_size": self._vocab_size, "num_seen": self._num_seen})
+        counted = {
+            "pair": self._pair_chances.state(),
+            "single": self._single_chances.state(),
+            "rest": self._rest_chances.state(),
+        }
+        return LearnedState.joined({"store": self._store.state(), "of": facts, **counted})
+
+    def restore(self, state: LearnedState) -> None:
+        """Takes over a store; it must be of this k, and of the target's vocabulary if attached.
+
+        The store may have been larger or smaller; of more pairs than fit the youngest are kept.
+        """
+        facts = state.part("of")
+        vocab_size, num_seen = facts.fact("vocab_size", int), facts.fact("num_seen", int)
+        if self._vocab_size not in (0, vocab_size) and (vocab_size or num_seen > self._vocab_size):
+            raise StateError(
+                f"the store was learned for {vocab_size or num_seen} tokens, the target has "
+                f"{self._vocab_size}; load it into a drafter of a target with its tokenizer"
+            )
+        bound = vocab_size or self._vocab_size or num_seen
+        store = PairStore.restored(state.part("store"), self._store.num_pairs, self._k, bound)
+        pair, single, rest = (
+            Calibration.restored(state.part(name), self._k) for name in ("pair", "single", "rest")
+        )
+        self._store, self._num_seen = store, num_seen
+        self._vocab_size = self._vocab_size or vocab_size
+        self._pair_chances, self._single_chances, self._rest_chances = pair, single, rest
+
+    def _make_calibrations(self) -> None:
+        self._pair_chances = Calibration(self._k)
+        self._single_chances = Calibration(self._k)
+        self._rest_chances = Calibration(self._k)
+
+    def _views(self, firsts: ArrayLike, seconds: ArrayLike) -> _Views:
+        firsts, seconds = np.asarray(firsts), np.asarray(seconds)
+        count = len(seconds)
+        both = self._store.find(
+            np.append(firsts, np.full(count, NO_TOKEN)), np.append(seconds, seconds)
+        )
+        # without a first token the pair is the single token itself, and counted as such
+        found = both.found[:count] & (firsts != NO_TOKEN)
+        known = found[:, None]
+        pair_ids = np.where(known, both.ids[:count], NO_TOKEN)
+        pair = StoredRows(pair_ids, both.log_shares[:count], found)
+        single = StoredRows(*(table[count:] for table in both))
+        named = (single.ids[:, :, None] == pair.ids[:, None, :]).any(axis=2)
+        return _Views(
+            pair,
+            single._replace(ids=np.where(known, NO_TOKEN, single.ids)),
+            single._replace(ids=np.where(known & ~named, single.ids, NO_TOKEN)),
+        )
+
+    def _log_chances(
+        self, known: np.ndarray, log_shares: np.ndarray, rest_log_shares: np.ndarray
+    ) -> np.ndarray:
+        """Returns ``[n, 2 k]`` float32: first the pair's or the single token's, then the rest."""
+        tables = (self._pair_chances.table, self._single_chances.table, self._rest_chances.table)
+        sources = np.full((len(known), 2, 1), 2)
+        sources[:, 0, 0] = np.where(known, 0, 1)
+        buckets = Calibration.buckets_of(np.stack([log_shares, rest_log_shares], axis=1))
+        chances = np.stack(tables)[sources, np.arange(self._k), buckets]
+        # a worse rank is not likelier, whatever few counts say
+        falling: np.ndarray = np.minimum.accumulate(chances, axis=2)
+        return falling.reshape(len(known), 2 * self._k)
+
+    def _write(self, firsts: np.ndarray, seconds: np.ndarray, ids: Tensor, logits: Tensor) -> None:
+        shares = torch.log_softmax(logits.float(), dim=-1).to(torch.float16).numpy()
+        successors = ids.numpy().astype(np.int32)
+        self._store.write(firsts, seconds, successors, shares)
+        self._store.write(np.full(len(seconds), NO_TOKEN), seconds, successors, shares)
+
+
+class _PairLaw:
+    """A handle stands for its token and the one before it."""
+
+    def __init__(self, drafter: Trigram, before: int, root: int) -> None:
+        self._drafter = drafter
+        self._firsts, self._seconds = [before], [root]
+
+    def extend(self, parent: int, token: int) -> int:
+        self._firsts.append(self._seconds[parent])
+        self._seconds.append(token)
+        return len(self._seconds) - 1
+
+    def rows(self, handles: Sequence[int]) -> LawRows:
+        firsts = [self._firsts[handle] for handle in handles]
+        return self._drafter.rows_of(firsts, [self._seconds[handle] for handle in handles])[0]
