@@ -204,8 +204,9 @@ class _MixedLaw:
 
     def mix(self, handles: Sequence[int], rows: Sequence[LawRows]) -> LawRows:
         """Returns the mixture of the sources' rows, likely first, and notes how it came about."""
-        ids, probs = _joined(rows)
-        classes = _classes(rows)
+        tops = [_top(row) for row in rows]
+        ids, probs = _joined(tops)
+        classes = np.stack([_classes(top_probs) for _, top_probs in tops], axis=1)
         weights = self._drafter.weights_for(classes)
         mixed = np.einsum("ns,snk->nk", weights, probs)
         order = np.argsort(-mixed, axis=1, kind="stable")
@@ -220,14 +221,17 @@ class _MixedLaw:
         return LawRows(torch.from_numpy(logs), torch.from_numpy(sorted_ids))
 
 
-def _joined(rows: Sequence[LawRows]) -> tuple[np.ndarray, np.ndarray]:
+def _top(rows: LawRows) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a source's likeliest ids ``[n, k]`` and their chances, likely first."""
+    ids, logs = most_probable(rows, _SHORTLIST)
+    return ids.numpy(force=True), np.exp(logs.numpy(force=True).astype(np.float64))
+
+
+def _joined(tops: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Returns ids ``[n, k]`` named by any source, once each, and their chances ``[s, n, k]``."""
-    tops = [most_probable(row, _SHORTLIST) for row in rows]
-    source_ids = [ids.numpy(force=True) for ids, _ in tops]
-    source_probs = [np.exp(logs.numpy(force=True).astype(np.float64)) for _, logs in tops]
-    ids = np.concatenate(source_ids, axis=1)
-    probs = np.zeros((len(rows), *ids.shape))
-    for i, (own_ids, own_probs) in enumerate(zip(source_ids, source_probs, strict=True)):
+    ids = np.concatenate([own_ids for own_ids, _ in tops], axis=1)
+    probs = np.zeros((len(tops), *ids.shape))
+    for i, (own_ids, own_probs) in enumerate(tops):
         same = (ids[:, :, None] == own_ids[:, None, :]) & (own_ids >= 0)[:, None, :]
         probs[i] = np.einsum("nkj,nj->nk", same, own_probs)
     # an id that an earlier column has already is left out here
@@ -237,12 +241,9 @@ def _joined(rows: Sequence[LawRows]) -> tuple[np.ndarray, np.ndarray]:
     return np.where(repeated, -1, ids), probs
 
 
-def _classes(rows: Sequence[LawRows]) -> np.ndarray:
-    """Returns ``[n, sources]``: 0 without a row, else 1 + the class of the first token's chance."""
-    columns = []
-    for row in rows:
-        first = row.log_probs.max(dim=1).values.numpy(force=True)
-        columns.append(
-            np.where(np.isneginf(first), 0, 1 + np.searchsorted(_CLASSES, np.exp(first)))
-        )
-    return np.stack(columns, axis=1)
+def _classes(probs: np.ndarray) -> np.ndarray:
+    """Returns ``[n]``: 0 where a source has no row, else 1 + the class of its first chance."""
+    if probs.shape[1] == 0:
+        return np.zeros(len(probs), dtype=np.int64)
+    first = probs[:, 0]
+    return np.where(first > 0, 1 + np.searchsorted(_CLASSES, first), 0)
