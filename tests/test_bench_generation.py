@@ -62,7 +62,7 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Path) -> None:
         *("--drafters", "token_recycling", "--batch-sizes", "1", "2", "--plot", "speed.svg"),
     ]
     root = str(Path(__file__).parents[1])  # a checkout serves as well as an installation
-    environment = os.environ | {"PYTHONPATH": root}
+    environment = os.environ | {"PYTHONPATH": root, "SPECDEC_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
