@@ -13,6 +13,7 @@ import torch
 from specdec import SpeculativeGenerator
 from specdec.bench.synthetic import SyntheticDraft, SyntheticTarget
 from specdec.build import POLICIES, VERIFIERS, build_policy, build_verifier
+from specdec.errors import ConfigError
 from specdec.random import row_streams
 from specdec.testing.toys import ToyLoop
 from specdec.types import Budget, Drafter, Draw, TreePolicy
@@ -61,10 +62,12 @@ def declared_pairs() -> list[tuple[str, str]]:
 
 
 def make_policy(name: str) -> TreePolicy:
-    """Returns a new policy for a name of `declared_pairs`."""
+    """Returns a new policy for a name of `declared_pairs`. Raises ConfigError for another one."""
     plain = name.removesuffix(" (drawn)")
     if plain == name:
         return build_policy(name)
+    if plain not in DRAWN_FORMS:
+        raise ConfigError(f"unknown policy {name!r}; drawn forms have: {', '.join(DRAWN_FORMS)}")
     from specdec import trees
 
     made: TreePolicy = getattr(trees, plain.capitalize())(draw=DRAWN_FORMS[plain])
