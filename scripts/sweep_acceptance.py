@@ -3,7 +3,10 @@
     python scripts/sweep_acceptance.py --prompts question.jsonl --limit 40 --out sweep \\
         --drafters token_recycling,none --policies best_first,chain --temperatures 0,1
     python scripts/sweep_acceptance.py --grid grid.yaml --out sweep
-    accelerate launch --num_processes 2 scripts/sweep_acceptance.py --grid grid.yaml --out sweep
+    accelerate launch --multi_gpu --num_processes 2 scripts/sweep_acceptance.py --grid grid.yaml \\
+        --out sweep
+
+`--multi_gpu` starts processes on machines without GPUs too (`--cpu` starts a single one).
 
 A grid file has the options' names with underscores: `prompts: question.jsonl`,
 `temperatures: [0, 1]`. Options on the command line take its place, one by one. A sweep that was
@@ -21,13 +24,14 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from specdec.bench.grid import Grid, read_grid
-from specdec.bench.store import read_results
+from specdec.bench.results import read_results
 from specdec.bench.sweep import Report, run_sweep
 from specdec.errors import ConfigError
 
@@ -63,7 +67,8 @@ def main() -> None:
     state = None
     try:
         grid = grid_of(arguments)
-        state = PartialState()
+        # processes that accelerate launches on a machine without an accelerator split the grid too
+        state = PartialState(cpu=not torch.accelerator.is_available())
         report = run_sweep(
             grid,
             arguments.out,

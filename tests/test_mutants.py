@@ -121,7 +121,9 @@ class SamplesEachPath(Match):
         return best
 
 
-@pytest.mark.parametrize("policy", [MonteCarlo(12), Static([(0,), (0, 0), (0, 1)])], ids=str)
+@pytest.mark.parametrize(
+    "policy", [MonteCarlo(12), Static([(0,), (0, 0), (0, 1)])], ids=["monte_carlo", "static"]
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_node_is_drawn_once_however_many_paths_lead_through_it(
     policy: TreePolicy, seed: int

@@ -15,7 +15,7 @@ from specdec.bench import sweep
 from specdec.bench.cells import SweepCell, span
 from specdec.bench.grid import Grid
 from specdec.bench.measure import measure_cell
-from specdec.bench.store import read_results, read_steps
+from specdec.bench.results import read_results, read_steps
 from specdec.bench.sweep import run_sweep
 from specdec.errors import ConfigError
 from specdec.prompts import Prompt

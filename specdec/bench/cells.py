@@ -161,10 +161,8 @@ def check_names(grid: Grid) -> None:
     for verifier in grid.verifiers:
         if verifier != "auto":
             build_verifier(verifier)
-    models = [model for model in grid.models if model != DEMO]
-    for drafter in grid.drafters:
-        models += _check_drafter(drafter)
-    _check_models(dict.fromkeys(models))
+    drafts = [model for drafter in grid.drafters for model in _check_drafter(drafter)]
+    _check_models(dict.fromkeys([*drafts, *grid.models]))
 
 
 def _check_drafter(drafter: str) -> list[str]:
@@ -188,9 +186,14 @@ def _check_drafter(drafter: str) -> list[str]:
 def _check_models(models: Iterable[str]) -> None:
     from transformers import AutoConfig
 
+    from specdec.demo_model import DemoModelError, ensure_demo_model
+
     for model in models:
         try:
+            if model == DEMO:
+                ensure_demo_model()
+                continue
             AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DemoModelError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"model {model!r} cannot be loaded: {reason}") from error

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +20,16 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from specdec.bench.results import (
+    ANSWERS,
+    MANIFEST,
+    RESULTS,
+    SCHEMA,
+    STEPS,
+    check_schema,
+    read_results,
+)
 from specdec.errors import ConfigError
-
-logger = logging.getLogger(__name__)
-
-SCHEMA = 1  # of rows and manifest; a reader of an older one would count wrongly
-RESULTS, STEPS, ANSWERS, MANIFEST = "results.jsonl", "steps", "answers", "manifest.json"
 
 
 class SweepStore:
@@ -112,16 +115,17 @@ class SweepStore:
                     _write_rows(part, [*others, {"schema": SCHEMA, **row}])
                 return
             whole = _whole_bytes(path)
-            with path.open("ab") as file_end:
-                # a half-written line, of a process that was killed, gives way
-                file_end.truncate(whole)
+            # unbuffered: a buffer would be written after all when the file is closed
+            with path.open("ab", buffering=0) as file:
+                file.truncate(whole)  # a half-written line, of a process that was killed
                 try:
-                    file_end.write(line.encode())
-                    file_end.flush()
-                    os.fsync(file_end.fileno())
+                    left = line.encode()
+                    while left:
+                        left = left[file.write(left) :]
+                    os.fsync(file.fileno())
                 except OSError:
                     with contextlib.suppress(OSError):
-                        os.truncate(path, whole)
+                        file.truncate(whole)
                     raise
 
     def save(
@@ -177,7 +181,7 @@ class SweepStore:
             ) from error
         if not isinstance(manifest, dict) or not isinstance(manifest.get("runs"), list):
             raise ConfigError(f"{path} is no manifest of a sweep; choose another folder")
-        _check_schema(manifest, path)
+        check_schema(manifest, path)
         return manifest
 
     @contextlib.contextmanager
@@ -191,55 +195,6 @@ class SweepStore:
             finally:
                 with contextlib.suppress(OSError):
                     part.unlink(missing_ok=True)
-
-
-def read_results(folder: str | Path) -> list[dict[str, Any]]:
-    """Returns the rows of a sweep's folder, in the order in which the cells were done.
-
-    A last line without an end is what a killed sweep leaves; it is not counted.
-
-    Raises:
-        ConfigError: if a line is damaged or of another schema.
-    """
-    path = Path(folder) / RESULTS
-    try:
-        *lines, rest = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    if rest:
-        logger.warning("%s ends within a line: that cell counts as not done", path)
-    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
-    for row in rows:
-        _check_schema(row, path)
-        if "cell" not in row or row.get("status") not in ("ok", "error"):
-            raise ConfigError(f"{path} has a row without `cell` or `status`; choose another folder")
-    return rows
-
-
-def read_steps(folder: str | Path, row: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the step rows of a cell that was done.
-
-    Args:
-        folder: of the sweep.
-        row: of `read_results`.
-
-    Raises:
-        ConfigError: if the cell ended in an error, or if its file is missing or damaged.
-    """
-    if row["status"] != "ok":
-        raise ConfigError(f"cell {row['cell']} has no steps, it ended in an error: {row['error']}")
-    path = Path(folder) / row["steps"]
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            yield from pyarrow.parquet.read_table(path).to_pylist()
-            return
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield _row(line, f"{path}:{number}")
-    except OSError as error:
-        raise ConfigError(f"the steps {path} cannot be read: {error.strerror}") from error
 
 
 def _whole_bytes(path: Path) -> int:
@@ -267,27 +222,6 @@ def _write(path: Path, text: str) -> None:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(
-            f"{where}: not a JSON object ({error}); the file was left as it is: remove the line, "
-            "and the cell runs again"
-        ) from error
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where}: not a JSON object but {type(row).__name__}")
-    return row
-
-
-def _check_schema(record: dict[str, Any], path: Path) -> None:
-    if record.get("schema") != SCHEMA:
-        raise ConfigError(
-            f"{path} has schema {record.get('schema')!r}, this version writes {SCHEMA}: their "
-            "numbers do not mix; choose another folder (nothing was changed)"
-        )
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def run_sweep(
 
     Args:
         grid: what to measure.
-        folder: see `specdec.bench.store`.
+        folder: see `specdec.bench.store`; of a sweep that several machines share, one that all see.
         process_index: of this process, from 0.
         num_processes: that share the grid and the folder.
         device: of the models.
