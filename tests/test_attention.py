@@ -8,7 +8,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from specdec import SpeculativeGenerator
-from specdec.backend.attention import GROUPED, grouped_attention
+from specdec.backend.attention import GROUPED, attention_of, grouped_attention
 from specdec.backend.probe import probed
 
 
@@ -47,6 +47,18 @@ def test_the_models_own_attention_is_back_after_a_pass() -> None:
     generator = SpeculativeGenerator(model)
     assert generator._backend.attention == GROUPED
     generator.generate(tiny.ids(tiny.prompt(9)), max_new_tokens=8, do_sample=False)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_overlapping_passes_leave_the_models_own_attention() -> None:
+    model = tiny.make_model("llama")
+    first = attention_of(model.config, GROUPED, "sdpa")
+    second = attention_of(model.config, GROUPED, "sdpa")
+    with first:
+        second.__enter__()
+        assert probed(model).traits.attention == "sdpa"
+    assert model.config._attn_implementation == "sdpa"
+    second.__exit__(None, None, None)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -71,14 +71,17 @@ AttentionInterface.register(GROUPED, grouped_attention)
 
 
 @contextmanager
-def attention_of(config: Any, implementation: str | None) -> Iterator[None]:
+def attention_of(config: Any, implementation: str | None, own: str) -> Iterator[None]:
     """Has the layers of a model use another attention; None leaves it as it is.
+
+    Passes in several threads may overlap: then the first to end gives the layers their own
+    attention back, which computes the same under the same masks.
 
     Args:
         config: the text model's, which its attention layers look at in every pass.
         implementation: a name registered with `transformers.AttentionInterface`.
+        own: the model's own, to be put back.
     """
-    own = config._attn_implementation_internal
     if implementation is None:
         yield
         return

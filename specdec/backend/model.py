@@ -105,7 +105,10 @@ class TreeModel:
     def _pass(self, *, masked: bool) -> Iterator[None]:
         """Has the model run with our linear layers, and with our attention under our masks."""
         packed = self.packed.active() if self.packed is not None else nullcontext()
-        with packed, attention_of(self._config, self.attention if masked else None):
+        with (
+            packed,
+            attention_of(self._config, self.attention if masked else None, self.traits.attention),
+        ):
             yield
 
     def _attention_mask(

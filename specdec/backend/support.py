@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from specdec.backend.attention import GROUPED
 from specdec.errors import ConfigError, UnsupportedModelError
 
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -90,6 +91,8 @@ def read_traits(model: Any) -> ModelTraits:
             f"{family} is an encoder-decoder model; only decoder-only models are supported"
         )
     attention = config._attn_implementation
+    if attention == GROUPED:  # a pass of ours is running in another thread
+        attention = "sdpa"
     if attention not in _SUPPORTED_ATTENTION:
         raise UnsupportedModelError(
             f"{family} uses attn_implementation={attention!r}, which takes no tree mask; "
