@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from specdec.budget import AutoBudget, FixedBudget, NodeBudget
 from specdec.build import build_policy, build_verifier, check_draws
@@ -72,17 +73,20 @@ class PartsForCalls:
                     "that keeps state would see them. verifier='coupled' never does so",
                     verifier.name,
                 )
-            self._made[names] = Parts(self.drafter, policy, verifier, self._budget(policy))
+            self._made[names] = Parts(self.drafter, policy, verifier, self._fixed)
             if self.drafter is not None and (self._policy is None or self._verifier is None):
                 logger.info("auto: policy %s, verifier %s", policy.name, verifier.name)
-        return self._made[names]
+        parts = self._made[names]
+        return replace(parts, budget=self._budget(parts.policy, parts.verifier, call.greedy))
 
     def with_drafter(self, drafter: Drafter, policy: TreePolicy, nodes: int) -> PartsForCalls:
         """Returns parts with another drafter, the verifier chosen as before."""
         return PartsForCalls(drafter, policy, self._verifier or "auto", nodes)
 
-    def _budget(self, policy: TreePolicy) -> NodeBudget:
-        cuttable = policy.draws <= {Draw.POINT, Draw.COUPLED}
+    def _budget(self, policy: TreePolicy, verifier: Verifier, greedy: bool) -> NodeBudget:
+        # a budget goes by the clock: it must not touch a text that torch's seed makes repeatable
+        text_depends_on_tree = not greedy and Draw.COUPLED not in verifier.accepts
+        cuttable = policy.draws <= {Draw.POINT, Draw.COUPLED} and not text_depends_on_tree
         cheap = self.drafter is not None and not self.drafter.honest
         if self._costed is not None and cuttable and cheap:
             return self._costed

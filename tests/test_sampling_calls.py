@@ -103,7 +103,7 @@ def test_named_drafters_are_right_now_and_then(model: Any, plain: SpeculativeGen
     arguments = {"temperature": 0.1, "repetition_penalty": 1.0, "max_new_tokens": 60, "seed": 3}
     expected = sampled(plain, PROMPT, **arguments)
     for drafter in ("token_recycling", "prompt_lookup", "suffix", "trigram", "hybrid"):
-        generator = SpeculativeGenerator(model, drafter=drafter, verifier="coupled")
+        generator = SpeculativeGenerator(model, drafter=drafter, verifier="coupled", node_budget=8)
         assert sampled(generator, PROMPT, **arguments) == expected
         assert generator.stats.num_accepted > 3
 
