@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.counted_rows import counted_rows, triples_of
 from specdec.drafters.learning import LearnedState, LearningDrafter
-from specdec.drafters.pair_store import NO_TOKEN, PairStore, StoredRows
+from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.errors import ConfigError, StateError
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.types import (
@@ -28,13 +28,21 @@ from specdec.types import (
     TargetInfo,
 )
 
+# where a guess comes from: the pair's row, the last token's where the pair is unknown, and what
+# the last token's row names besides the pair's
+_SOURCES = ("pair", "single", "rest")
 
-class _Views(NamedTuple):
-    """The three sources of guesses at n places, and how sure each is to be counted."""
 
-    pair: StoredRows  # after both tokens
-    single: StoredRows  # after the last token, where the pair is unknown
-    rest: StoredRows  # after the last token, what the known pair's row does not name
+class _Guesses(NamedTuple):
+    """Stored for n places: k guesses of the pair, or of the single token, then k of the rest.
+
+    ids ``[n, 2 k]`` int32 (padding -1), log_shares ``[n, 2 k]`` float16, and ``[n]`` bool: whether
+    the pair is known.
+    """
+
+    ids: np.ndarray
+    log_shares: np.ndarray
+    known: np.ndarray
 
 
 class Trigram(LearningDrafter):
@@ -75,14 +83,14 @@ class Trigram(LearningDrafter):
         self._vocab_size = 0  # 0: not attached yet
         self._num_seen = 0  # one above the largest id of a corpus
         self._before: dict[int, int] = {}  # the token before the root, by row
-        self._make_calibrations()
+        ranks = np.arange(num_successors)
+        self._of_known = np.concatenate([ranks, ranks + 2 * num_successors])
+        self._of_unknown = self._of_known + np.repeat([num_successors, 0], num_successors)
+        self._calibrations = [Calibration(num_successors) for _ in _SOURCES]
 
     @classmethod
     def from_corpus(
-        cls,
-        source: str | os.PathLike[str] | Iterable[str],
-        tokenizer: Any,
-        **options: Any,
+        cls, source: str | os.PathLike[str] | Iterable[str], tokenizer: Any, **options: Any
     ) -> Trigram:
         """Returns a drafter that has counted a corpus.
 
@@ -167,20 +175,17 @@ class Trigram(LearningDrafter):
         Returns:
             ids ``[n, 2 k]`` and the estimated chance that each is the next token.
         """
-        views = self._views(firsts, seconds)
-        known = views.pair.found
-        of_pair = known[:, None]
-        ids = np.where(of_pair, views.pair.ids, views.single.ids)
-        log_shares = np.where(of_pair, views.pair.log_shares, views.single.log_shares)
-        log_chances = self._log_chances(known, log_shares, views.rest.log_shares)
-        ids = np.concatenate([ids, views.rest.ids], axis=1)
+        ids, log_shares, known = self._guesses(firsts, seconds)
+        log_chances = self._log_chances(log_shares, known)
         log_chances[ids < 0] = -np.inf
-        places = np.arange(len(ids))[:, None], np.argsort(-log_chances, axis=1, kind="stable")
-        log_chances, ids = log_chances[places], ids[places].astype(np.int64)
+        order = np.argsort(-log_chances, axis=1, kind="stable")
+        order += np.arange(0, ids.size, ids.shape[1])[:, None]
+        log_chances = log_chances.take(order)
         # together the guesses cannot be more than certain
         total = np.exp(log_chances).sum(axis=1, keepdims=True)
         log_chances -= np.log(np.maximum(total, 1.0))
-        return LawRows(torch.from_numpy(log_chances), torch.from_numpy(ids)), known
+        successors = torch.from_numpy(ids.take(order).astype(np.int64))
+        return LawRows(torch.from_numpy(log_chances), successors), known
 
     def observe(self, outcome: StepOutcome) -> None:
         """Counts which guesses were right, then stores every node's logits."""
@@ -190,10 +195,12 @@ class Trigram(LearningDrafter):
             self._before.get(outcome.row, NO_TOKEN), seconds[np.array(tree.parent_list[1:], int)]
         )
         visited = [0, *outcome.path][: len(emitted)]
-        views = self._views(firsts[visited], seconds[visited])
-        counted = (self._pair_chances, self._single_chances, self._rest_chances)
-        for calibration, rows in zip(counted, views, strict=True):
-            calibration.record(rows.log_shares, rows.ids, emitted)
+        ids, log_shares, known = self._guesses(firsts[visited], seconds[visited])
+        own, rest, unknown = slice(self._k), slice(self._k, None), ~known
+        pair, single, beside = self._calibrations
+        pair.record(log_shares[known, own], ids[known, own], emitted[known])
+        single.record(log_shares[unknown, own], ids[unknown, own], emitted[unknown])
+        beside.record(log_shares[known, rest], ids[known, rest], emitted[known])
         values, best = top_k_rows(outcome.logits[: len(tree)], self._k)
         # shallow first, the accepted path last: the row with the truest context stays
         on_path = {0, *outcome.path}
@@ -209,15 +216,14 @@ class Trigram(LearningDrafter):
         """Forgets the store and the calibrations, what a corpus gave included."""
         self._store.clear()
         self._num_seen = 0
-        self._make_calibrations()
+        self._calibrations = [Calibration(self._k) for _ in _SOURCES]
 
     def state(self) -> LearnedState:
         """Returns the store and the calibrations."""
         facts = LearnedState({}, {"vocab_size": self._vocab_size, "num_seen": self._num_seen})
         counted = {
-            "pair": self._pair_chances.state(),
-            "single": self._single_chances.state(),
-            "rest": self._rest_chances.state(),
+            name: calibration.state()
+            for name, calibration in zip(_SOURCES, self._calibrations, strict=True)
         }
         return LearnedState.joined({"store": self._store.state(), "of": facts, **counted})
 
@@ -235,48 +241,39 @@ class Trigram(LearningDrafter):
             )
         bound = vocab_size or self._vocab_size or num_seen
         store = PairStore.restored(state.part("store"), self._store.num_pairs, self._k, bound)
-        pair, single, rest = (
-            Calibration.restored(state.part(name), self._k) for name in ("pair", "single", "rest")
-        )
+        calibrations = [Calibration.restored(state.part(name), self._k) for name in _SOURCES]
         self._store, self._num_seen = store, num_seen
         self._vocab_size = self._vocab_size or vocab_size
-        self._pair_chances, self._single_chances, self._rest_chances = pair, single, rest
+        self._calibrations = calibrations
 
-    def _make_calibrations(self) -> None:
-        self._pair_chances = Calibration(self._k)
-        self._single_chances = Calibration(self._k)
-        self._rest_chances = Calibration(self._k)
-
-    def _views(self, firsts: ArrayLike, seconds: ArrayLike) -> _Views:
+    def _guesses(self, firsts: ArrayLike, seconds: ArrayLike) -> _Guesses:
         firsts, seconds = np.asarray(firsts), np.asarray(seconds)
         count = len(seconds)
         both = self._store.find(
-            np.append(firsts, np.full(count, NO_TOKEN)), np.append(seconds, seconds)
+            np.concatenate([firsts, np.full(count, NO_TOKEN)]), np.concatenate([seconds, seconds])
         )
         # without a first token the pair is the single token itself, and counted as such
-        found = both.found[:count] & (firsts != NO_TOKEN)
-        known = found[:, None]
-        pair_ids = np.where(known, both.ids[:count], NO_TOKEN)
-        pair = StoredRows(pair_ids, both.log_shares[:count], found)
-        single = StoredRows(*(table[count:] for table in both))
-        named = (single.ids[:, :, None] == pair.ids[:, None, :]).any(axis=2)
-        return _Views(
-            pair,
-            single._replace(ids=np.where(known, NO_TOKEN, single.ids)),
-            single._replace(ids=np.where(known & ~named, single.ids, NO_TOKEN)),
-        )
+        known = both.found[:count] & (firsts != NO_TOKEN)
+        single = both.ids[count:]
+        ids = np.concatenate([both.ids[:count], single], axis=1)
+        log_shares = np.concatenate([both.log_shares[:count], both.log_shares[count:]], axis=1)
+        named = (single[:, :, None] == ids[:, None, : self._k]).any(axis=2)
+        ids[:, self._k :][named] = -1
+        unknown = ~known
+        ids[unknown, : self._k] = single[unknown]
+        ids[unknown, self._k :] = -1
+        log_shares[unknown, : self._k] = log_shares[unknown, self._k :]
+        return _Guesses(ids, log_shares, known)
 
-    def _log_chances(
-        self, known: np.ndarray, log_shares: np.ndarray, rest_log_shares: np.ndarray
-    ) -> np.ndarray:
-        """Returns ``[n, 2 k]`` float32: first the pair's or the single token's, then the rest."""
-        tables = (self._pair_chances.table, self._single_chances.table, self._rest_chances.table)
-        sources = np.full((len(known), 2, 1), 2)
-        sources[:, 0, 0] = np.where(known, 0, 1)
-        buckets = Calibration.buckets_of(np.stack([log_shares, rest_log_shares], axis=1))
-        chances = np.stack(tables)[sources, np.arange(self._k), buckets]
+    def _log_chances(self, log_shares: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """Returns ``[n, 2 k]`` float32: the log-chance of each guess, falling in either half."""
+        tables = np.concatenate([calibration.table for calibration in self._calibrations])
+        # rows of the three tables: k of the pair or of the single token, then k of the rest
+        table_rows = np.where(known[:, None], self._of_known, self._of_unknown)
+        chances = tables[table_rows, Calibration.buckets_of(log_shares)]
         # a worse rank is not likelier, whatever few counts say
-        falling: np.ndarray = np.minimum.accumulate(chances, axis=2)
+        halves = chances.reshape(len(known), 2, self._k)
+        falling: np.ndarray = np.minimum.accumulate(halves, axis=2)
         return falling.reshape(len(known), 2 * self._k)
 
     def _write(self, firsts: np.ndarray, seconds: np.ndarray, ids: Tensor, logits: Tensor) -> None:

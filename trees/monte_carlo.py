@@ -34,8 +34,11 @@ class MonteCarlo(BasePolicy):
     before any of them twice; nothing is rolled out at random beyond what is known, so the tree is
     the same each time; and the nodes are the tree's, not whole sentences cut down to the budget.
 
-    `best_first` finds the tree of the largest expected acceptance outright, in less time and no
-    more draft calls. This one is for comparison.
+    This one is for comparison: `best_first` finds the tree of the largest expected acceptance
+    under the law outright. On recorded text (SmolLM2-135M-Instruct, 13 prompts, 64 tokens, 32
+    nodes) block efficiencies are 1.89 here and 1.87 there with `trigram`, 1.81 and 1.84 with
+    `token_recycling`: too few prompts to tell them apart. Drafting took 22 and 37 % more CPU time.
+    At this c1 the prior decides nearly alone: a reward that is always one gives trees as good.
 
     Args:
         num_iterations: of a tree.
