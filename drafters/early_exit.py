@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from specdec.backend.features import layer_path
 from specdec.backend.model import causal_ancestors
 from specdec.backend.packed import already_packed
 from specdec.backend.probe import probed
@@ -16,8 +17,6 @@ from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.types import StepOutcome, TargetInfo
 
 _DEFAULT_SHARE = 4  # a quarter of the layers
-# where families keep their layers, below the model without its head
-_LAYERS = (("layers",), ("h",), ("decoder", "layers"))
 
 
 class EarlyExit(ModelDrafter):
@@ -126,15 +125,7 @@ def first_layers(model: Any, num_layers: int) -> Any:
         UnsupportedModelError: if its layers are not where they are known to be, or if hooks have
             replaced its forward pass (a device map of accelerate does), which would run them all.
     """
-    family = type(model).__name__
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    path = next((path for path in _LAYERS if _is_stack(model.base_model, path, count)), None)
-    if path is None:
-        known = ", ".join(".".join(path) for path in _LAYERS)
-        raise UnsupportedModelError(
-            f"the layers of {family} are not found: expected a list of {count} modules at one of "
-            f"{known} of {type(model.base_model).__name__}; draft with another drafter"
-        )
+    path = layer_path(model)
     shorter = _shallow_copy(model)
     shorter.config = copy.deepcopy(model.config)
     shorter.config.num_hidden_layers = num_layers
@@ -145,8 +136,8 @@ def first_layers(model: Any, num_layers: int) -> Any:
         module = getattr(parent, name)
         if "forward" in vars(module) or "forward" in vars(model):
             raise UnsupportedModelError(
-                f"the forward pass of {family} is wrapped (by a device map of accelerate, say), "
-                "and would run all its layers; load the model on one device"
+                f"the forward pass of {type(model).__name__} is wrapped (by a device map of "
+                "accelerate, say), and would run all its layers; load the model on one device"
             )
         module = _shallow_copy(module)
         module.config = shorter.config
@@ -154,13 +145,6 @@ def first_layers(model: Any, num_layers: int) -> Any:
         parent = module
     setattr(parent, path[-1], getattr(parent, path[-1])[:num_layers])
     return shorter
-
-
-def _is_stack(base: Any, path: tuple[str, ...], count: int) -> bool:
-    """Returns whether the module at a path is the list of the model's layers."""
-    for name in path:
-        base = getattr(base, name, None)
-    return isinstance(base, torch.nn.ModuleList) and len(base) == count
 
 
 def _shallow_copy(module: Any) -> Any:

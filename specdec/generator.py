@@ -349,7 +349,7 @@ class _Session:
             self.inputs,
             [row_streams(seed, row) for seed, row in self._keys],
             self.parts,
-            TargetModel(backend, cache),
+            TargetModel(backend, cache, self.parts.drafter.needs if self.parts.drafter else None),
             self.stats,
             vocab_size=backend.traits.vocab_size,
             positions=limit,

@@ -26,7 +26,7 @@ from specdec.rows import RowInput
 from specdec.sampling import Prefix, ProcessedLaw, warp_logits
 from specdec.stats import DecodeStats
 from specdec.stopping import RowStopper
-from specdec.target import TargetModel
+from specdec.target import Scores, TargetModel
 from specdec.trees.grow import grow_trees
 from specdec.trees.tree import DraftTree
 from specdec.types import (
@@ -172,10 +172,7 @@ class DecodeLoop:
         for row in rows:
             row.stats.num_prompt_tokens = row.offset + len(row.tokens)
         with self._stats.timed("prefill"):
-            logits, prompt_rows = self._target.prefill(
-                [row.tokens[-row.num_new :] for row in rows],
-                drafter.needs.prompt_top_k if drafter else 0,
-            )
+            logits, prompt_rows = self._target.prefill([row.tokens[-row.num_new :] for row in rows])
             if drafter is not None:
                 for row, guesses in zip(rows, prompt_rows, strict=True):
                     drafter.start(row.index, tuple(row.tokens), guesses)
@@ -193,10 +190,10 @@ class DecodeLoop:
             rows = [row.index for row in active]
             trees = self._parts.budget.cut(rows, trees, context, time.perf_counter() - begin)
         with self._stats.timed("target"):
-            logits = self._target.score(trees)
+            scores = self._target.score(trees)
             self._stats.target_passes += 1
         try:
-            for row, tree, row_logits in zip(active, trees, logits, strict=True):
+            for row, tree, row_logits in zip(active, trees, scores.logits, strict=True):
                 self._verify(row, tree, row_logits, steps)
         finally:
             for step in steps:
@@ -206,8 +203,8 @@ class DecodeLoop:
             self._target.commit([step.path[: len(step.tokens) - 1] for step in steps])
         if self._parts.drafter is not None:
             with self._stats.timed("observe"):
-                for step, row_logits in zip(steps, logits, strict=True):
-                    outcome = StepOutcome(step.row, step.tree, step.path, step.tokens, row_logits)
+                for place, step in enumerate(steps):
+                    outcome = _outcome(step, scores, place)
                     self._parts.drafter.observe(outcome)
                     self._parts.policy.observe(outcome)
                     self._parts.budget.observe(outcome)
@@ -292,3 +289,9 @@ class DecodeLoop:
                     self._parts.drafter.stop(self.places[place].index)
                     self._parts.budget.stop(self.places[place].index)
                 self.places[place], self.places[last] = self.places[last], self.places[place]
+
+
+def _outcome(step: Step, scores: Scores, place: int) -> StepOutcome:
+    """Returns what drafter, policy and budget learn of a row's step."""
+    features = None if scores.features is None else scores.features[place, : len(step.tree)]
+    return StepOutcome(step.row, step.tree, step.path, step.tokens, scores.logits[place], features)

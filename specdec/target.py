@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdec.backend.cache import TreeCache
+from specdec.backend.features import FeatureTap
 from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.kernels.tree_mask import ancestor_matrix
 from specdec.trees.tree import DraftTree
-from specdec.types import PromptRows
+from specdec.types import DrafterNeeds, PromptRows
 
 _CHUNK_TOKENS = 512  # bounds the [chunk, V] logits when a drafter wants every prompt position
+
+
+class Scores(NamedTuple):
+    """What one pass over a batch of trees computed.
+
+    Attributes:
+        logits: ``[B, N, V]`` of every node, in the model's dtype.
+        features: ``[B, N, F]`` of every node, see `DrafterNeeds.layers`; None if not asked for.
+    """
+
+    logits: Tensor
+    features: Tensor | None
 
 
 class TargetModel:
@@ -26,11 +41,19 @@ class TargetModel:
     Args:
         backend: the probed model.
         cache: empty, or holding an earlier turn of the conversation.
+        needs: what the drafter wants to see.
+
+    Raises:
+        ConfigError: if it wants the features of a layer that the model does not have.
     """
 
-    def __init__(self, backend: TreeModel, cache: TreeCache) -> None:
+    def __init__(
+        self, backend: TreeModel, cache: TreeCache, needs: DrafterNeeds | None = None
+    ) -> None:
         self._backend = backend
         self.cache = cache
+        self._prompt_top_k = needs.prompt_top_k if needs else 0
+        self._tap = FeatureTap(backend.model, needs.layers) if needs and needs.layers else None
 
     @property
     def lengths(self) -> list[int]:
@@ -38,23 +61,23 @@ class TargetModel:
         return self.cache.lengths
 
     def prefill(
-        self, prompts: Sequence[Sequence[int]], prompt_top_k: int = 0
+        self, prompts: Sequence[Sequence[int]]
     ) -> tuple[list[Tensor], list[PromptRows | None]]:
         """Runs the prompts and commits them.
 
         Args:
             prompts: each row's tokens that are not in the cache yet, at least one, no padding.
-            prompt_top_k: guesses wanted at every prompt position; 0 for none.
 
         Returns:
             Each row's ``[V]`` logits after its last prompt token, and its prompt rows (or None).
         """
         width = max(map(len, prompts))
         last: list[Tensor] = [torch.empty(0)] * len(prompts)
-        guesses: list[list[tuple[Tensor, Tensor]]] = [[] for _ in prompts]
+        seen: list[list[PromptRows]] = [[] for _ in prompts]
+        top_k = self._prompt_top_k
         # rows of equal length need no mask of ours; padding behind a row's end is never looked at
         fresh = max(self.cache.lengths) == 0
-        chunk = width if fresh and prompt_top_k == 0 else _CHUNK_TOKENS
+        chunk = width if fresh and top_k == 0 else _CHUNK_TOKENS
         for begin in range(0, width, chunk):
             end = min(begin + chunk, width)
             pieces = [prompt[begin:end] for prompt in prompts]
@@ -66,29 +89,21 @@ class TargetModel:
             ancestors = None if plain else causal_ancestors(len(prompts), size)
             ends = [len(prompt) - 1 - begin for prompt in prompts]
             wanted = sorted({e for e in ends if 0 <= e < size} or {0})
-            keep = None if prompt_top_k else torch.tensor(wanted)
-            logits = self._backend.forward(
-                self.cache, token_matrix(pieces, size), positions, ancestors, keep
-            )
+            keep = None if top_k else torch.tensor(wanted)
+            logits, features = self._pass(token_matrix(pieces, size), positions, ancestors, keep)
             for row, piece in enumerate(pieces):
                 if 0 <= ends[row] < size:
-                    index = ends[row] if prompt_top_k else wanted.index(ends[row])
+                    index = ends[row] if top_k else wanted.index(ends[row])
                     last[row] = logits[row, index]
-                if prompt_top_k and piece:
-                    values, ids = top_k_rows(logits[row, : len(piece)], prompt_top_k)
-                    guesses[row].append((ids.cpu(), values.float().cpu()))
+                if piece and (top_k or features is not None):
+                    own = None if features is None else features[row, : len(piece)]
+                    seen[row].append(_prompt_rows(logits[row, : len(piece)], top_k, own))
             self.cache.advance([len(piece) for piece in pieces])
             fresh = fresh and min(map(len, prompts)) >= end
-        rows = [
-            PromptRows(torch.cat([g[0] for g in row]), torch.cat([g[1] for g in row]))
-            if row
-            else None
-            for row in guesses
-        ]
-        return last, rows
+        return last, [_joined(chunks) if chunks else None for chunks in seen]
 
-    def score(self, trees: Sequence[DraftTree]) -> Tensor:
-        """Returns ``[B, N, V]`` logits of one tree for each active row, in one pass.
+    def score(self, trees: Sequence[DraftTree]) -> Scores:
+        """Returns the logits and features of one tree for each active row, from one pass.
 
         Trees smaller than the largest are padded; rows past a tree's end mean nothing.
         """
@@ -102,7 +117,7 @@ class TargetModel:
         ancestors = None
         if not plain:
             ancestors = torch.stack([ancestor_matrix(tree.parent_list, width) for tree in trees])
-        return self._backend.forward(self.cache, tokens, positions, ancestors)
+        return self._pass(tokens, positions, ancestors)
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps each row's root and accepted nodes; everything else of the last pass is gone."""
@@ -125,3 +140,33 @@ class TargetModel:
             self.cache, token_matrix(tokens, 1), positions, causal_ancestors(len(tokens), 1)
         )
         self.cache.advance([int(token is not None) for token in last_tokens])
+
+    def _pass(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        ancestors: Tensor | None,
+        keep: Tensor | None = None,
+    ) -> Scores:
+        """Runs one pass, see `TreeModel.forward`, and reads the features that are wanted."""
+        with self._tap.reading() if self._tap else nullcontext():
+            logits = self._backend.forward(self.cache, tokens, positions, ancestors, keep)
+        return Scores(logits, self._tap.take() if self._tap else None)
+
+
+def _prompt_rows(logits: Tensor, top_k: int, features: Tensor | None) -> PromptRows:
+    """Returns what a drafter is told of ``[T]`` prompt positions."""
+    if top_k == 0:
+        return PromptRows(torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0), features)
+    values, ids = top_k_rows(logits, top_k)
+    return PromptRows(ids.cpu(), values.float().cpu(), features)
+
+
+def _joined(chunks: Sequence[PromptRows]) -> PromptRows:
+    """Returns the rows of one prompt, which was run in several chunks."""
+    features = [chunk.features for chunk in chunks if chunk.features is not None]
+    return PromptRows(
+        torch.cat([chunk.ids for chunk in chunks]),
+        torch.cat([chunk.logits for chunk in chunks]),
+        torch.cat(features) if features else None,
+    )

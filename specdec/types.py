@@ -95,15 +95,17 @@ class Verdict(NamedTuple):
 
 
 class PromptRows(NamedTuple):
-    """The target's best guesses at the positions of a prompt, for drafters that ask for them.
+    """What the target computed at the positions of a prompt, for drafters that ask for it.
 
     Attributes:
         ids: ``[T, k]`` int64, best first; row t holds the guesses for the token after position t.
         logits: ``[T, k]`` float32 raw logits of those ids.
+        features: ``[T, F]`` in the model's dtype, see `DrafterNeeds.layers`; None if not asked for.
     """
 
     ids: Tensor
     logits: Tensor
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,12 @@ class DrafterNeeds:
 
     Attributes:
         prompt_top_k: entries per prompt position handed to `Drafter.start`; 0 for none.
+        layers: the target's layers whose outputs it reads, 0 the first, negative from the end; they
+            come as features, one behind the other, with the prompt and with every step's nodes.
     """
 
     prompt_top_k: int = 0
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +188,7 @@ class StepOutcome:
         path: accepted nodes that became text, root not included.
         emitted: the tokens that became text, `next_token` included unless the row stopped before.
         logits: ``[N, V]`` raw target logits of all nodes, accepted or not, in the model's dtype.
+        features: ``[N, F]`` of all nodes, see `DrafterNeeds.layers`; None if not asked for.
     """
 
     row: int
@@ -190,6 +196,7 @@ class StepOutcome:
     path: Sequence[int]
     emitted: Sequence[int]
     logits: Tensor
+    features: Tensor | None = None
 
 
 class DraftLaw(Protocol):
