@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("specdec", "trees", "drafters", "verifiers", "kernels")
+FOLDERS = ("specdec", "trees", "drafters", "verifiers", "kernels", "assets")
 
 
 def read_setup_cfg() -> configparser.ConfigParser:
