@@ -25,11 +25,11 @@ from tqdm import trange
 from transformers import LogitsProcessorList
 
 from specdec.build import POLICIES, VERIFIERS, build_policy, build_verifier
-from specdec.random import row_streams
+from specdec.random import RowStreams, row_streams
 from specdec.sampling import Prefix, ProcessedLaw
 from specdec.trees.grow import grow_trees
 from specdec.trees.tree import DraftTree
-from specdec.types import Budget, LawRows, Root
+from specdec.types import Budget, LawRows, Root, TreePolicy, Verifier
 
 _TABLE = 64  # different laws a case draws on
 
@@ -64,21 +64,32 @@ def random_laws(vocab_size: int, *, sparse: bool) -> tuple[Tensor, Tensor | None
     return top.values, top.indices
 
 
-def grow(policy: str, laws: tuple[Tensor, Tensor | None], nodes: int, seed: int) -> DraftTree:
+def grow(
+    policy: TreePolicy,
+    streams: Sequence[RowStreams],
+    laws: tuple[Tensor, Tensor | None],
+    nodes: int,
+    repeat: int,
+) -> DraftTree:
     """Grows one tree."""
     law = GivenLaw(*laws)
-    streams = row_streams(seed, 0)
-    plan = build_policy(policy).grow(law, Root(0, 7), Budget(nodes, 16), streams.draft)
+    plan = policy.grow(law, Root(0, 7), Budget(nodes, 16), streams[repeat].draft)
     return grow_trees([(law, plan)], lambda asked: [one.rows(h) for one, h in asked])[0]
 
 
-def verify(verifier: str, tree: DraftTree, logits: Tensor, seed: int) -> None:
+def verify(
+    verifier: Verifier,
+    streams: Sequence[RowStreams],
+    tree: DraftTree,
+    logits: Tensor,
+    repeat: int,
+) -> None:
     """Verifies one tree; the target's logits are given, no processors."""
     prefix = Prefix([1, 2, 3, 4, 5, 6, 7, 0], torch.device("cpu"))
     law = ProcessedLaw(
         tree, logits, prefix, LogitsProcessorList(), greedy=False, root_position=prefix.length - 1
     )
-    build_verifier(verifier).verify(tree, law, row_streams(seed, 0).verify)
+    verifier.verify(tree, law, streams[repeat].verify)
 
 
 def main() -> None:
@@ -100,12 +111,15 @@ def main() -> None:
     # near the dense draft laws, so that walks go on for a few nodes
     dense = laws["dense"][0]
     target = dense + torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
+    # as in a generator, parts and random streams are there before a tree is wanted
+    streams = [row_streams(seed, 0) for seed in range(max(_TABLE, arguments.repeats + 1))]
     cases: dict[tuple[str, str, str, int], Callable[[int], object]] = {}
     for nodes in arguments.nodes:
         for kind, given in laws.items():
-            for policy in arguments.policies:
-                cases["grow", policy, kind, nodes] = partial(grow, policy, given, nodes)
-            cases |= verify_cases(arguments.verify_policy, given, kind, nodes, target)
+            for name in arguments.policies:
+                policy = build_policy(name)
+                cases["grow", name, kind, nodes] = partial(grow, policy, streams, given, nodes)
+            cases |= verify_cases(arguments.verify_policy, streams, given, kind, nodes, target)
     seconds: dict[tuple[str, str, str, int], list[float]] = defaultdict(list)
     for repeat in trange(arguments.repeats + 1, desc="repeats"):
         for key, run in cases.items():
@@ -118,27 +132,34 @@ def main() -> None:
 
 
 def verify_cases(
-    policy: str, laws: tuple[Tensor, Tensor | None], kind: str, nodes: int, target: Tensor
+    policy: str,
+    streams: Sequence[RowStreams],
+    laws: tuple[Tensor, Tensor | None],
+    kind: str,
+    nodes: int,
+    target: Tensor,
 ) -> dict[tuple[str, str, str, int], Callable[[int], object]]:
     """Returns a case for each verifier that takes the policy's trees."""
     cases: dict[tuple[str, str, str, int], Callable[[int], object]] = {}
     draws = build_policy(policy).draws
     for name in VERIFIERS:
         taken = policy
-        if not draws <= build_verifier(name).accepts:
+        verifier = build_verifier(name)
+        if not draws <= verifier.accepts:
             taken = "best_first" if name == "match" else "iid"
         if name == "block":
             continue  # chains only
-        trees = [grow(taken, laws, nodes, seed) for seed in range(_TABLE)]
+        trees = [grow(build_policy(taken), streams, laws, nodes, n) for n in range(_TABLE)]
         logits = [target[[t % _TABLE for t in tree.token_list]] for tree in trees]
 
         def run(
-            seed: int,
-            name: str = name,
+            repeat: int,
+            verifier: Verifier = verifier,
             trees: list[DraftTree] = trees,
             logits: list[Tensor] = logits,
         ) -> None:
-            verify(name, trees[seed % _TABLE], logits[seed % _TABLE], seed)
+            case = repeat % _TABLE
+            verify(verifier, streams, trees[case], logits[case], repeat)
 
         cases["verify", f"{name} ({taken})", kind, nodes] = run
     return cases

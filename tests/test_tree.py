@@ -465,3 +465,9 @@ def test_best_first_asks_once_a_level_and_only_where_it_may_matter() -> None:
     (tree,) = grow_trees([(law, plan)], answer)
     assert len(answer.levels) <= max(tree.depth_list) + 1
     assert all(wanted <= 8 for level in answer.levels for wanted in level)
+
+
+def test_a_law_that_names_a_token_twice() -> None:
+    q = LawRows(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[3, 3]]))
+    with pytest.raises(TreeError, match="row 0 of q names a token twice"):
+        DraftTree.from_lists([0, 3], [-1, 0], [Draw.POINT, Draw.IID], [-1, 0], q)

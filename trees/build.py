@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from specdec.trees.tree import DraftTree
 from specdec.types import Draw, LawRows
@@ -25,18 +24,19 @@ class TreeBuilder:
         self._draws = [Draw.POINT]
         self._q_row = [-1]
         self._chances = [math.nan]
-        self._log_probs: list[Tensor] = []
-        self._ids: list[Tensor] = []
+        self._laws: list[tuple[LawRows, list[int]]] = []  # rows of one level, and which are kept
+        self._num_laws = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def add_law(self, rows: LawRows, index: int) -> int:
         """Keeps row `index` as a law that nodes were drawn from, normalised; returns its number."""
-        self._log_probs.append(rows.log_probs[index])
-        if rows.ids is not None:
-            self._ids.append(rows.ids[index])
-        return len(self._log_probs) - 1
+        if not self._laws or self._laws[-1][0] is not rows:
+            self._laws.append((rows, []))
+        self._laws[-1][1].append(index)
+        self._num_laws += 1
+        return self._num_laws - 1
 
     def add(
         self,
@@ -58,12 +58,29 @@ class TreeBuilder:
 
     def build(self) -> DraftTree:
         """Returns the checked tree."""
-        q = None
-        if self._log_probs:
-            # sparse rows may name more tokens at one level than at another
-            ids = pad_sequence(self._ids, True, -1.0) if self._ids else None
-            log_probs = pad_sequence(self._log_probs, True, -torch.inf)
-            q = LawRows(torch.log_softmax(log_probs, dim=-1), ids)
         return DraftTree.from_lists(
-            self.tokens, self.parents, self._draws, self._q_row, q, self._chances, self.handles
+            self.tokens,
+            self.parents,
+            self._draws,
+            self._q_row,
+            self._kept_laws() if self._laws else None,
+            self._chances,
+            self.handles,
         )
+
+    def _kept_laws(self) -> LawRows:
+        width = max(rows.log_probs.shape[1] for rows, _ in self._laws)
+        log_probs = [_chosen(rows.log_probs, kept, width, -torch.inf) for rows, kept in self._laws]
+        ids = [
+            _chosen(rows.ids, kept, width, -1) for rows, kept in self._laws if rows.ids is not None
+        ]
+        return LawRows(
+            torch.log_softmax(torch.cat(log_probs), dim=-1), torch.cat(ids) if ids else None
+        )
+
+
+def _chosen(table: Tensor, kept: list[int], width: int, filler: float) -> Tensor:
+    """Returns rows of ``[n, k]`` padded to `width`; some levels name fewer tokens than others."""
+    chosen = table.index_select(0, torch.tensor(kept, device=table.device))
+    missing = width - table.shape[1]
+    return torch.nn.functional.pad(chosen, (0, missing), value=filler) if missing else chosen

@@ -66,18 +66,11 @@ class _Grower:
             return None
         index, probability = drawn
         token = index if node.ids is None else node.ids[index]
-        child = _Node(
-            token=token,
-            parent=parent,
-            handle=self.law.extend(node.handle, token),
-            depth=node.depth + 1,
-            slot_value=node.next_slot,
-            # the slot is worth at least what is drawn from it; rounding must not say otherwise
-            path_value=min(node.path_value * probability, node.next_slot),
-            chance=probability,
-        )
+        handle, slot = self.law.extend(node.handle, token), node.next_slot
+        # the slot is worth at least what is drawn from it; rounding must not say otherwise
+        path = min(node.path_value * probability, slot)
+        self.nodes.append(_Node(token, parent, handle, node.depth + 1, slot, path, probability))
         node.mass_left = max(node.mass_left - probability, 0.0)
-        self.nodes.append(child)
         return len(self.nodes) - 1
 
     def tree(self, keep: list[int]) -> DraftTree:
@@ -202,14 +195,14 @@ def _grow_by_level(
         below = []
         for number in level:
             node = grower.nodes[number]
-            while _admits(best, node.next_slot, budget.nodes, floor):
-                value = node.next_slot
+            while _admits(best, value := node.next_slot, budget.nodes, floor):
                 child = grower.draw(number)
                 if child is None:
                     break
-                heapq.heappush(best, value)
-                if len(best) > budget.nodes:
-                    heapq.heappop(best)
+                if len(best) < budget.nodes:
+                    heapq.heappush(best, value)
+                else:
+                    heapq.heapreplace(best, value)
                 below.append(child)
         level = below
     ranked = sorted(range(1, len(grower.nodes)), key=lambda n: (-grower.nodes[n].slot_value, n))

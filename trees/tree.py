@@ -103,9 +103,10 @@ class DraftTree:
     def _check_laws(self) -> None:
         if self.q is None:
             raise TreeError("nodes drawn from a law need that law: q is missing")
-        sums = self.q.log_probs.exp().sum(dim=-1)
-        if not torch.all((sums - 1).abs() < _SUM_TOLERANCE):
-            raise TreeError(f"each row of q must sum to 1, got {sums.tolist()}")
+        sums = self.q.log_probs.exp().sum(dim=-1).tolist()
+        # NaN is no sum either
+        if not all(abs(total - 1.0) < _SUM_TOLERANCE for total in sums):
+            raise TreeError(f"each row of q must sum to 1, got {sums}")
         for node in self.drawn_nodes:
             if not 0 <= self.q_row_list[node] < len(sums):
                 row = self.q_row_list[node]
@@ -114,22 +115,29 @@ class DraftTree:
             if not possible:
                 token = self.token_list[node]
                 raise TreeError(f"node {node} holds token {token}, which its law never draws")
-        for siblings in self.children:
-            seen: set[int] = set()
-            for node in siblings:
-                if self.draw_list[node] == Draw.WOR and self.token_list[node] in seen:
-                    raise TreeError(f"node {node} repeats a sibling that it was drawn without")
-                seen.add(self.token_list[node])
+        seen: set[tuple[int, int]] = set()
+        edges = zip(self.parent_list, self.token_list, self.draw_list, strict=True)
+        for node, (parent, token, draw) in enumerate(edges):
+            if draw == Draw.WOR and (parent, token) in seen:
+                raise TreeError(f"node {node} repeats a sibling that it was drawn without")
+            seen.add((parent, token))
 
     def _can_be_drawn(self, q: LawRows) -> list[bool]:
         """Returns for each drawn node whether its law gives its token any probability."""
-        rows, tokens = self.q_row[self.drawn_nodes].long(), self.tokens[self.drawn_nodes]
+        rows = [self.q_row_list[node] for node in self.drawn_nodes]
+        tokens = [self.token_list[node] for node in self.drawn_nodes]
         if q.ids is None:
-            inside = tokens < q.log_probs.shape[1]
-            chances = q.log_probs[rows.to(q.log_probs.device), (tokens * inside).to(rows.device)]
-            return ((chances > -torch.inf).cpu() & inside).tolist()
-        named = q.ids[rows] == tokens.unsqueeze(1)
-        return (named & (q.log_probs[rows] > -torch.inf)).any(dim=1).tolist()
+            width = q.log_probs.shape[1]
+            held = [min(token, width - 1) for token in tokens]
+            chances = q.log_probs[rows, held].tolist()
+            pairs = zip(chances, tokens, strict=True)
+            return [chance > -math.inf and token < width for chance, token in pairs]
+        named = torch.where(q.log_probs > -torch.inf, q.ids, -1).tolist()
+        supports = [set(row) for row in named]
+        for number, (row, support) in enumerate(zip(named, supports, strict=True)):
+            if len(row) - row.count(-1) != len(support - {-1}):
+                raise TreeError(f"row {number} of q names a token twice: {sorted(row)}")
+        return [token in supports[row] for row, token in zip(rows, tokens, strict=True)]
 
     def __len__(self) -> int:
         return len(self.token_list)

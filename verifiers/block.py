@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
 from specdec.trees.tree import DraftTree
 from specdec.types import Draw, TargetLaw, Verdict
-from specdec.verifiers.laws import SiblingLaws
+from specdec.verifiers.laws import ResidualLaw
 
 
 class Block:
@@ -37,21 +39,17 @@ class Block:
                 "verifier 'block' is for chains; use policy='chain', or verifier='traversal', "
                 "which is the same rule on trees"
             )
-        laws = SiblingLaws(tree)  # no node has a sibling, so none is ever rejected
-        weight, kept, emit = 1.0, 0, target.row(0)
-        p = emit
+        kept, emit = 0, torch.empty(0)  # the root stands always
+        weight = 1.0
         for node in range(len(tree)):
-            if node > 0:
-                q = laws.probability(node)
-                reached = weight * float(p[tree.token_list[node]])
-                weight = min(1.0, reached / q) if q > 0.0 else 0.0
-                p = target.row(node)
-            stands, law = weight, p
+            law = ResidualLaw(tree, target.row(node))
+            stands, next_weight = weight, 0.0
             if node < len(tree) - 1:
-                rest = laws.subtract(node + 1, weight * p)
-                total = float(rest.sum())
-                stands = total / (total + 1.0 - weight) if total > 0.0 else 0.0
-                law = rest / total if total > 0.0 else p
+                p, q = law.p(node + 1), law.q(node + 1)
+                next_weight = min(1.0, weight * p / q) if q > 0.0 else 0.0
+                left = law.reject(node + 1, weight)
+                stands = left / (left + 1.0 - weight) if left > 0.0 else 0.0
             if node == 0 or random.bernoulli(stands):
-                kept, emit = node, law
+                kept, emit = node, law.weights
+            weight = next_weight
         return Verdict(list(range(1, kept + 1)), random.categorical(emit))

@@ -1,4 +1,4 @@
-"""The draft laws of siblings, rebuilt in the order in which they are tested."""
+"""Target and draft law at one node while its children are tested, in sibling order."""
 
 from __future__ import annotations
 
@@ -8,50 +8,88 @@ from torch import Tensor
 from specdec.trees.tree import DraftTree
 from specdec.types import Draw, ProbRow
 
+# a sum kept up to date by differences is taken anew below this share of what it was
+_TRUSTED = 1e-6
 
-class SiblingLaws:
-    """The law q_i of each child of one node, given the siblings tested before it.
 
-    A draw without replacement sees its parent's q with all earlier siblings zeroed and the rest
-    normalised again; a draw with replacement sees q as it was given; a point mass has no row.
+class ResidualLaw:
+    """The target's law p at a node, and the law q_i of each child, as children are rejected.
+
+    A draw without replacement has its parent's q with all earlier siblings zeroed and the rest
+    normalised again; a draw with replacement has q as it was given; a point mass has no row.
+    Rejecting a child takes its law out of p. A sparse law or a point mass changes p at the tokens
+    it names only, so p is kept without being normalised, beside its sum.
 
     Args:
         tree: the tree.
+        probs: ``[V]`` probabilities of the target at the node; left as they are.
     """
 
-    def __init__(self, tree: DraftTree) -> None:
+    def __init__(self, tree: DraftTree, probs: Tensor) -> None:
         self._tree = tree
+        self._probs = probs
+        self._own = False
+        self._total = float(probs.sum(dtype=torch.float64))
         self._given: dict[int, ProbRow] = {}
         self._rejected: list[int] = []
 
-    def probability(self, child: int) -> float:
+    @property
+    def weights(self) -> Tensor:
+        """``[V]`` what is left of the target's law, up to a factor."""
+        return self._probs
+
+    def p(self, child: int) -> float:
+        """Returns the probability of the child's token under what is left of p."""
+        return float(self._probs[self._tree.token_list[child]]) / self._total
+
+    def q(self, child: int) -> float:
         """Returns q_i of the child's own token; 0 where it underflowed, which decides nothing."""
-        q, token = self._law(child), self._tree.token_list[child]
-        if q is None:
-            return 1.0
-        return float(q.probs[token] if q.ids is None else q.probs[q.ids == token].sum())
+        law, token = self._law(child), self._tree.token_list[child]
+        return float(law.probs[token] if law.ids is None else law.probs[law.ids == token].sum())
 
-    def subtract(self, child: int, target_probs: Tensor) -> Tensor:
-        """Returns ``[V]`` (target_probs - q_i)+, not normalised."""
-        q = self._law(child)
-        rest = target_probs.clone()
-        if q is None:
-            rest[self._tree.token_list[child]] = 0.0
-        elif q.ids is None:
-            rest -= q.probs.to(rest)
-        else:
-            known = q.ids >= 0
-            rest.index_add_(0, q.ids[known].to(rest.device), -q.probs[known].to(rest))
-        return rest.clamp_(min=0.0)
+    def reject(self, child: int, weight: float = 1.0) -> float:
+        """Makes p the residual norm((weight p - q_i)+).
 
-    def reject(self, child: int) -> None:
-        """Tells that a child was tested and rejected."""
+        Where nothing is left, p stays as it is: with weight 1 that can only be rounding, p and q_i
+        being equal then.
+
+        Returns:
+            The sum of (weight p - q_i)+.
+        """
+        left = 0.0
+        if weight > 0.0:
+            scale = self._total / weight
+            left = self._subtract(self._law(child), scale) / scale
         self._rejected.append(self._tree.token_list[child])
+        return left
 
-    def _law(self, child: int) -> ProbRow | None:
+    def _subtract(self, law: ProbRow, scale: float) -> float:
+        """Takes `scale` times a law out of the weights; returns their sum, 0 for no change."""
+        if law.ids is None:
+            rest = (self._probs - scale * law.probs.to(self._probs)).clamp_(min=0.0)
+            total = float(rest.sum(dtype=torch.float64))
+        else:
+            known = law.ids >= 0
+            ids = law.ids[known].to(self._probs.device)
+            old = self._probs[ids]
+            new = (old - scale * law.probs[known].to(old)).clamp_(min=0.0)
+            rest = self._probs if self._own else self._probs.clone()
+            rest[ids] = new
+            total = self._total - float((old.double() - new.double()).sum())
+            if total < _TRUSTED * self._total:
+                total = float(rest.sum(dtype=torch.float64))
+            if total <= 0.0:
+                rest[ids] = old
+        if total <= 0.0:
+            return 0.0
+        self._probs, self._own, self._total = rest, True, total
+        return total
+
+    def _law(self, child: int) -> ProbRow:
         draw, row = self._tree.draw_list[child], self._tree.q_row_list[child]
         if draw == Draw.POINT:
-            return None
+            token = torch.tensor([self._tree.token_list[child]])
+            return ProbRow(torch.ones(1), token)
         if row not in self._given:
             self._given[row] = self._tree.draft_probs(row)
         q = self._given[row]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
 from specdec.random import RandomSource
 from specdec.trees.tree import DraftTree
 from specdec.types import Draw, TargetLaw, Verdict
-from specdec.verifiers.laws import SiblingLaws
+from specdec.verifiers.laws import ResidualLaw
 
 
 class Rejection:
@@ -29,25 +29,19 @@ class Rejection:
         node = 0
         path: list[int] = []
         while True:
-            child, residual = _test_children(tree, node, target.row(node), random)
+            law = ResidualLaw(tree, target.row(node))
+            child = _accepted(tree.children[node], law, random)
             if child is None:
-                return Verdict(path, random.categorical(residual))
+                return Verdict(path, random.categorical(law.weights))
             path.append(child)
             node = child
 
 
-def _test_children(
-    tree: DraftTree, node: int, target_probs: Tensor, random: RandomSource
-) -> tuple[int | None, Tensor]:
-    """Returns the accepted child, or None and the ``[V]`` law to draw the next token from."""
-    siblings = SiblingLaws(tree)
-    for child in tree.children[node]:
-        p, q = float(target_probs[tree.token_list[child]]), siblings.probability(child)
+def _accepted(children: Sequence[int], law: ResidualLaw, random: RandomSource) -> int | None:
+    """Returns the accepted child; None if all were rejected, their laws taken out of `law`."""
+    for child in children:
+        p, q = law.p(child), law.q(child)
         if q > 0.0 and random.bernoulli(p / q):
-            return child, target_probs
-        rest = siblings.subtract(child, target_probs)
-        total = rest.sum()
-        # nothing left can only be rounding: then p and q were equal
-        target_probs = rest / total if total > 0 else target_probs
-        siblings.reject(child)
-    return None, target_probs
+            return child
+        law.reject(child)
+    return None

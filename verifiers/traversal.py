@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from specdec.random import RandomSource
 from specdec.trees.tree import DraftTree
 from specdec.types import Draw, TargetLaw, Verdict
-from specdec.verifiers.laws import SiblingLaws
+from specdec.verifiers.laws import ResidualLaw
 
 
 class Traversal:
@@ -36,7 +34,7 @@ class Traversal:
             if random.bernoulli(walk.weights[node]):
                 break
             node = walk.descend(walk.reject(node))
-        return Verdict(tree.path_to(node), random.categorical(walk.law(node)))
+        return Verdict(tree.path_to(node), random.categorical(walk.law(node).weights))
 
 
 class _Walk:
@@ -46,23 +44,20 @@ class _Walk:
         self._tree = tree
         self._target = target
         self._next_child = [0] * len(tree)
-        self._laws: dict[int, Tensor] = {}  # p of each node, residuals taken
-        self._siblings: dict[int, SiblingLaws] = {}
+        self._laws: dict[int, ResidualLaw] = {}
         self.weights: dict[int, float] = {0: 1.0}
 
-    def law(self, node: int) -> Tensor:
-        """Returns ``[V]`` the law at a node as it stands."""
+    def law(self, node: int) -> ResidualLaw:
+        """Returns the law at a node as it stands."""
         if node not in self._laws:
-            self._laws[node] = self._target.row(node)
+            self._laws[node] = ResidualLaw(self._tree, self._target.row(node))
         return self._laws[node]
 
     def descend(self, node: int) -> int:
         """Returns the first leaf below `node` that is left, `node` itself if none."""
         while self._next_child[node] < len(self._tree.children[node]):
             child = self._tree.children[node][self._next_child[node]]
-            siblings = self._siblings.setdefault(node, SiblingLaws(self._tree))
-            token = self._tree.token_list[child]
-            p, q = float(self.law(node)[token]), siblings.probability(child)
+            p, q = self.law(node).p(child), self.law(node).q(child)
             self.weights[child] = min(1.0, self.weights[node] * p / q) if q > 0.0 else 0.0
             node = child
         return node
@@ -71,13 +66,7 @@ class _Walk:
         """Takes a rejected leaf out of the tree; returns its parent with its law made residual."""
         parent = self._tree.parent_list[node]
         weight = self.weights[parent]
-        rest = self._siblings[parent].subtract(node, weight * self.law(parent))
-        total = float(rest.sum())
-        if total > 0.0:
-            self._laws[parent] = rest / total
-            self.weights[parent] = min(1.0, total / (total + 1.0 - weight))
-        else:
-            self.weights[parent] = 0.0
-        self._siblings[parent].reject(node)
+        left = self.law(parent).reject(node, weight)
+        self.weights[parent] = min(1.0, left / (left + 1.0 - weight)) if left > 0.0 else 0.0
         self._next_child[parent] += 1
         return parent
