@@ -23,7 +23,6 @@ from specdec.types import (
     DraftLaw,
     Draw,
     GrowPlan,
-    ProbRow,
     Root,
     TargetLaw,
     TreePolicy,
@@ -139,10 +138,10 @@ def test_law_without_replacement_must_be_normalised_again(
 ) -> None:
     """Zeroing nothing is the same mistake: p is zero already at every rejected token."""
 
-    def only_zeroed(q: ProbRow, tokens: Sequence[int]) -> ProbRow:
-        probs = q.probs.clone()
-        probs[list(tokens)] = 0.0
-        return ProbRow(probs, q.ids)
+    def only_zeroed(q: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+        probs = q.clone()
+        probs[tokens] = 0.0
+        return probs
 
     loop = loop_with(Static(PAIR, Draw.WOR), Rejection(), Budget(2, 1), seed)
     assert loop.error(PREFIX) < EXACT
