@@ -49,8 +49,9 @@ class GivenLaw:
 
     def rows(self, handles: Sequence[int]) -> LawRows:
         """Returns the laws at the handles."""
-        index = [self._tokens[handle] % _TABLE for handle in handles]
-        return LawRows(self._log_probs[index], None if self._ids is None else self._ids[index])
+        index = torch.tensor([self._tokens[handle] % _TABLE for handle in handles])
+        ids = None if self._ids is None else self._ids.index_select(0, index)
+        return LawRows(self._log_probs.index_select(0, index), ids)
 
 
 def random_laws(vocab_size: int, *, sparse: bool) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from specdec.kernels.philox import GUMBEL_RANGE, gumbel, keyed_bits_dense, keyed_gumbel
 
 _WORD = (1 << 64) - 1
-_SHORT = 64  # weights that are walked one by one rather than by blocks
+_SHORT = 64  # weights that are all drawn at once rather than by blocks
 
 
 class RandomSource(Protocol):
@@ -87,11 +87,11 @@ class SeededRandom:
         return int(torch.nonzero(weights)[-1])  # the product rounded up to the total
 
     def without_replacement(self, log_weights: Tensor) -> list[Iterator[tuple[int, float]]]:
-        """Returns draws by inverse CDF: over a short list, or over block sums of a long row."""
-        weights = torch.softmax(log_weights, dim=-1)
+        """Returns draws by a race of all weights, or by inverse CDF over blocks of a long row."""
+        weights = torch.softmax(log_weights, dim=-1).numpy(force=True)
         if weights.shape[1] <= _SHORT:
-            return [_short_draws(row, self._generator) for row in weights.tolist()]
-        return [_BlockedDraws(row, self._generator) for row in weights.cpu().numpy()]
+            return _races(weights, self._generator)
+        return [_BlockedDraws(row, self._generator) for row in weights]
 
     def gumbel_argmax(self, scores: Tensor, position: int) -> int:
         """Returns argmax(scores + g); g is evaluated only where it could still win."""
@@ -114,20 +114,21 @@ class SeededRandom:
         return keyed_gumbel(self._seed, self._row, position, token_ids)
 
 
-def _short_draws(
-    weights: list[float], generator: np.random.Generator
-) -> Iterator[tuple[int, float]]:
-    """Yields draws without replacement from a few weights."""
-    left = list(weights)
-    while (total := sum(left)) > 0.0:
-        threshold, cumulative, index = generator.random() * total, 0.0, -1
-        for place, weight in enumerate(left):
-            if weight > 0.0:
-                index, cumulative = place, cumulative + weight
-                if cumulative > threshold:
-                    break
-        left[index] = 0.0
-        yield index, weights[index]
+def _races(
+    weights: np.ndarray, generator: np.random.Generator
+) -> list[Iterator[tuple[int, float]]]:
+    """Returns draws without replacement from a few weights a row, all of them drawn at once.
+
+    Exponential clocks of the weights as rates: the order in which they ring is that of draws.
+    """
+    with np.errstate(divide="ignore"):
+        times = generator.standard_exponential(weights.shape) / weights
+    order = np.argsort(times, axis=1)
+    shares = np.take_along_axis(weights, order, axis=1)
+    return [
+        iter(list(zip(places, values, strict=True))[: values.index(0.0) if 0.0 in values else None])
+        for places, values in zip(order.tolist(), shares.tolist(), strict=True)
+    ]
 
 
 class _BlockedDraws:

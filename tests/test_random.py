@@ -253,10 +253,11 @@ def test_rows_are_drawn_from_each_with_its_own_law() -> None:
 
 
 def test_reference_draws_agree_with_the_production_ones() -> None:
-    log_weights = torch.tensor([[0.5, 0.0, 0.3, 0.2]], dtype=torch.float64).log()
-    (reference,) = draws_without_replacement(source_with(0.6, 0.0), log_weights)
-    (production,) = source_with(0.6, 0.0).without_replacement(log_weights)
-    expected = [(2, pytest.approx(0.3)), (0, pytest.approx(0.5))]
+    weights = torch.zeros(1, 100, dtype=torch.float64)
+    weights[0, [0, 50, 99]] = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    (reference,) = draws_without_replacement(source_with(0.6, 0.0), weights.log())
+    (production,) = source_with(0.6, 0.0).without_replacement(weights.log())
+    expected = [(50, pytest.approx(0.3)), (0, pytest.approx(0.5))]
     assert list(islice(reference, 2)) == expected
     assert list(islice(production, 2)) == expected
 

@@ -185,25 +185,27 @@ def _grow_by_level(
     best: list[float] = []  # the `budget.nodes` largest slot values so far, a min-heap
     level = [0]
     for _ in range(budget.depth):
-        # the most promising nodes first, so that the bound rises early
-        level.sort(key=lambda number: -grower.nodes[number].path_value)
         level = [n for n in level if _admits(best, grower.nodes[n].next_slot, budget.nodes, floor)]
         if not level:
             break
         rows = yield [grower.nodes[number].handle for number in level]
         grower.open(level, rows)
         below = []
-        for number in level:
-            node = grower.nodes[number]
-            while _admits(best, value := node.next_slot, budget.nodes, floor):
-                child = grower.draw(number)
-                if child is None:
-                    break
-                if len(best) < budget.nodes:
-                    heapq.heappush(best, value)
-                else:
-                    heapq.heapreplace(best, value)
-                below.append(child)
+        # the most valuable slot first, so that the bound rises early and few draws are in vain
+        slots = [(-grower.nodes[number].next_slot, number) for number in level]
+        heapq.heapify(slots)
+        while slots and _admits(best, -slots[0][0], budget.nodes, floor):
+            value, number = slots[0]
+            child = grower.draw(number)
+            if child is None:
+                heapq.heappop(slots)
+                continue
+            heapq.heapreplace(slots, (-grower.nodes[number].next_slot, number))
+            if len(best) < budget.nodes:
+                heapq.heappush(best, -value)
+            else:
+                heapq.heapreplace(best, -value)
+            below.append(child)
         level = below
     ranked = sorted(range(1, len(grower.nodes)), key=lambda n: (-grower.nodes[n].slot_value, n))
     return grower.tree(sorted(ranked[: budget.nodes]))

@@ -40,7 +40,7 @@ class ResidualLaw:
         if self._changed:
             self._probs = self._probs.clone()
             tokens = torch.tensor(list(self._changed), device=self._probs.device)
-            self._probs[tokens] = torch.tensor(list(self._changed.values())).to(self._probs)
+            self._probs[tokens] = self._probs.new_tensor(list(self._changed.values()))
             self._changed = {}
         return self._probs
 
