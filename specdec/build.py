@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from specdec.errors import ConfigError
@@ -101,6 +101,11 @@ def build_drafter(spec: str | Drafter | None) -> Drafter | None:
     return part
 
 
+def drafter_names() -> list[str]:
+    """Returns the names of all drafters, other packages' among them; some need an argument."""
+    return sorted({*DRAFTERS, *_plugins("drafter")})
+
+
 def build_policy(spec: str | TreePolicy) -> TreePolicy:
     """Returns the policy for a name or an object. Raises ConfigError for an unknown name."""
     part: TreePolicy = _build("policy", spec, POLICIES, TreePolicy)
@@ -145,9 +150,13 @@ def _build(kind: str, spec: Any, known: dict[str, Callable[[], Any]], protocol: 
     name = _AUTO_DRAFTER if (kind, spec) == ("drafter", "auto") else spec
     if name in known:
         return known[name]()
-    group = "specdec.policies" if kind == "policy" else f"specdec.{kind}s"
-    plugins = {entry.name: entry for entry in entry_points(group=group)}
+    plugins = _plugins(kind)
     if name in plugins:
         return _build(kind, plugins[name].load()(), known, protocol)
     names = ", ".join(sorted({"auto", *known, *plugins}))
     raise ConfigError(f"unknown {kind} {spec!r}; known are: {names}")
+
+
+def _plugins(kind: str) -> dict[str, EntryPoint]:
+    group = "specdec.policies" if kind == "policy" else f"specdec.{kind}s"
+    return {entry.name: entry for entry in entry_points(group=group)}

@@ -11,9 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specdec.demo_model import ensure_demo_model
 from specdec.generator import SpeculativeGenerator
 from specdec.prompts import Prompt, encode
 from specdec.row_text import Step
@@ -45,18 +43,6 @@ PROMPTS = (
     ),
 )
 _REPEATS = 2
-
-
-def load_model(name: str | None) -> tuple[Any, Any]:
-    """Returns model and tokenizer by name or path; the demo model when `name` is None."""
-    path = name or str(ensure_demo_model())
-    console = Console(stderr=True)
-    console.print(f"[dim]loading {path}[/dim]")
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if device == "cpu" else "auto"
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return model.to(device).eval(), tokenizer
 
 
 def stream_text(

@@ -8,21 +8,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
 from specdec.bench.generation import (
     BASELINE,
+    LOOKUP,
+    PLAIN,
     Run,
     methods_of,
-    peak_memory,
-    summarise,
     time_prompts,
 )
+from specdec.bench.memory import added_memory
+from specdec.bench.summary import ratio_interval, summarise
+from specdec.stats import Counts
 
 
 def run(method: str, prompt: int, seconds: float, baseline: float, category: str = "a") -> Run:
-    return Run(method, prompt, category, seconds, baseline, 10, 1.5, prompt != 2)
+    counts = Counts(9 + prompt, 6, num_drafted=12)
+    return Run(method, prompt, category, seconds, baseline, 10, counts, 0.5 * seconds, prompt != 2)
 
 
 def test_summaries_are_of_all_seconds_together() -> None:
@@ -33,21 +38,76 @@ def test_summaries_are_of_all_seconds_together() -> None:
     assert overall.speedup == pytest.approx(8 / 6)
     assert (overall.median, overall.slower) == (2.0, pytest.approx(1 / 3))
     assert overall.tokens_per_second == pytest.approx(30 / 6)
+    assert overall.block_efficiency == pytest.approx((9 + 10 + 11) / 18)
+    assert (overall.nodes, overall.draft_ms) == (2.0, pytest.approx(1000 * 3 / 18))
     assert (overall.identical, overall.prompts) == (2, 3)
+
+
+def test_an_interval_is_that_of_resampled_prompts() -> None:
+    chance = np.random.default_rng(3)
+    seconds = chance.uniform(1, 2, 12)
+    baseline = seconds * chance.lognormal(0.2, 0.4, 12)
+    found = ratio_interval(baseline, seconds)
+    assert found == ratio_interval(baseline, seconds)
+    drawn = chance.integers(0, 12, (20_000, 12))
+    ratios = baseline[drawn].sum(axis=1) / seconds[drawn].sum(axis=1)
+    assert found == pytest.approx(np.quantile(ratios, [0.025, 0.975]), rel=0.02)
+    assert ratio_interval(2 * seconds, seconds) == pytest.approx((2, 2))
+    assert ratio_interval(baseline[:1], seconds[:1]) is None
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_every_method_runs_on_every_prompt(do_sample: bool) -> None:
     model = tiny.make_model("llama")
     drafters = {"recycling": "token_recycling", "small": {"drafter": None}}
-    methods = methods_of(model, None, drafters, assistant=tiny.make_model("llama", seed=1))
+    makers = methods_of(model, None, drafters, assistant=tiny.make_model("llama", seed=1))
+    methods = {name: make() for name, make in makers.items()}
     prompts = [("x", {"input_ids": tiny.ids(tiny.prompt(n, n))}) for n in (7, 9)]
     runs = time_prompts(methods, prompts, repeats=2, max_new_tokens=6, do_sample=do_sample)
     assert len(runs) == 2 * len(methods) == 12
     assert {r.num_tokens for r in runs} == {6}
     assert all(r.speedup == 1.0 for r in runs if r.method == BASELINE)
     assert {r.identical for r in runs} == {None if do_sample else True}
-    assert peak_memory(methods["recycling"], prompts[0][1], max_new_tokens=4) > 10**7
+    # of transformers' methods all tokens and all passes: plain decoding has one for each
+    passes = {r.method: r.counts.target_calls for r in runs if r.prompt == 0}
+    assert (passes[BASELINE], passes[PLAIN]) == (6, 5)
+    assert 1 <= passes[LOOKUP] <= 6
+    assert not model._forward_pre_hooks
+
+
+def test_no_drafter_has_seen_a_text_before_it_is_timed() -> None:
+    """A warm-up on the first prompt, or a round before, would hand its text to who remembers."""
+    model = tiny.make_model("llama")
+    maker = methods_of(model, None, {"suffix": {"drafter": "suffix", "node_budget": 8}})["suffix"]
+    prompts = [("x", {"input_ids": tiny.ids(tiny.prompt(9, n))}) for n in (3, 4)]
+    arguments = {"max_new_tokens": 24, "do_sample": False}
+    fresh, expected = maker(), []
+    for _, inputs in prompts:
+        expected.append(fresh.run(inputs, **arguments)[2])
+    again = fresh.run(prompts[0][1], **arguments)[2]
+    assert again.target_calls < expected[0].target_calls, "a seen text is no easier: shows nothing"
+    methods = {BASELINE: methods_of(model, None, {})[BASELINE](), "suffix": fresh}
+    runs = time_prompts(methods, prompts, repeats=3, **arguments)
+    assert [run.counts for run in runs if run.method == "suffix"] == expected
+
+
+def test_memory_counts_what_a_method_adds() -> None:
+    model = tiny.make_model("llama")
+    held = []
+
+    class Hoarder:
+        """Takes memory, and gives it back when it is thrown away."""
+
+        generator = None
+
+        def run(self, inputs: object, **arguments: object) -> None:
+            held.append(bytearray(b"x" * 200_000_000))
+            held.clear()
+
+    inputs = {"input_ids": tiny.ids(tiny.prompt(9))}
+    assert 190e6 < added_memory(Hoarder, inputs) < 260e6  # type: ignore[arg-type]
+    plain = methods_of(model, None, {})[PLAIN]
+    assert 0 <= added_memory(plain, inputs, max_new_tokens=4, do_sample=False) < 100e6
 
 
 def test_the_command_writes_json_and_a_picture(tmp_path: Path) -> None:
@@ -69,5 +129,6 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "generation.json").read_text())
     assert [result["title"] for result in report["results"]] == ["batch 1", "batch 2"]
-    assert report["setting"]["dtype"] == "torch.float32"
+    assert report["dtype"] == "torch.float32"
+    assert report["command"][:3] == ["specdec", "bench", "--prompts"]
     assert (tmp_path / "speed-batch-1.svg").exists()

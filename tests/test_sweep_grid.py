@@ -199,9 +199,7 @@ def test_the_commands_options_take_the_files_place(tmp_path: Path) -> None:
 
     wrong = run()
     assert wrong.returncode == 2
-    assert wrong.stderr.splitlines()[-1].startswith(
-        "sweep_acceptance: grid.yaml: temperatures: exp"
-    )
+    assert wrong.stderr.splitlines()[-1].startswith("specdec sweep: grid.yaml: temperatures: exp")
     right = run("--temperatures", "0,0.5", "--node-budgets", "4,8", "--max-depths", "null")
     assert right.returncode == 0, right.stderr
     assert "4 cells measured now, 0 broken, 0 known before; out has 4" in right.stdout

@@ -228,6 +228,6 @@ def test_a_manifest_that_does_not_fit_stays_as_it_was(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=r"No space left on device: .*finished cells stay"):
+        with pytest.raises(OSError, match=r"No space left on device: .*what was finished stays"):
             store.add_run({"command": ["two"]})
         assert contents(tmp_path) == before

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from specdec.bench.acceptance import make_policy
-from specdec.bench.grid import DEMO, NO_DRAFTER, SCALARS, Grid
-from specdec.build import build_drafter, build_verifier, check_draws
+from specdec.bench.drafters import NO_DRAFTER, check_drafter
+from specdec.bench.grid import SCALARS, Grid
+from specdec.build import build_verifier, check_draws
 from specdec.errors import ConfigError
+from specdec.pretrained import DEMO
 
 # letters of a hash: with 16**12 names, some thousand cells never share one
 _KEY_LENGTH = 12
@@ -140,12 +142,6 @@ def _misfit(policy: str, verifier: str) -> str:
     return ""
 
 
-def split_drafter(drafter: str) -> tuple[str, str]:
-    """Returns a drafter's name and its argument, "" where there is none."""
-    name, _, argument = drafter.partition(":")
-    return name, argument
-
-
 def check_names(grid: Grid) -> None:
     """Checks every name that a cell would look up, before the first one runs.
 
@@ -161,26 +157,8 @@ def check_names(grid: Grid) -> None:
     for verifier in grid.verifiers:
         if verifier != "auto":
             build_verifier(verifier)
-    drafts = [model for drafter in grid.drafters for model in _check_drafter(drafter)]
+    drafts = [model for drafter in grid.drafters for model in check_drafter(drafter)]
     _check_models(dict.fromkeys([*drafts, *grid.models]))
-
-
-def _check_drafter(drafter: str) -> list[str]:
-    """Returns the models that a drafter needs."""
-    name, argument = split_drafter(drafter)
-    if drafter == NO_DRAFTER:
-        return []
-    if name == "small_model":
-        if not argument:
-            raise ConfigError("drafter 'small_model' needs a model: small_model:NAME_OR_PATH")
-        return [argument]
-    if name == "early_exit" and argument:
-        if not argument.isdecimal() or int(argument) == 0:
-            raise ConfigError(f"expected early_exit:LAYERS, a positive number, got {drafter!r}")
-    elif argument:
-        raise ConfigError(f"drafter {name!r} takes no argument, got {drafter!r}")
-    build_drafter(name)
-    return []
 
 
 def _check_models(models: Iterable[str]) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
+from specdec.bench.drafters import NO_DRAFTER
 from specdec.errors import ConfigError
+from specdec.pretrained import DEMO
 
-DEMO = "demo"  # the demo model, wherever its files lie
-NO_DRAFTER = "none"
 _LARGEST_SEED = 2**31 - 1
 
 

@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from specdec.bench.acceptance import make_policy
 from specdec.bench.cells import SweepCell
+from specdec.bench.decoding import decoding_arguments, pad_token_id, padded
 from specdec.generator import SpeculativeGenerator
 from specdec.prompts import Prompt, encode_chat
 from specdec.random import RandomSource
@@ -142,12 +140,13 @@ def _ask(
         talk.messages.append(talk.prompt.turns[turn])
         talk.steps.append(0)
     tokenizer = generator.tokenizer
-    inputs = _padded([encode_chat(tokenizer, t.messages)[0] for t in talks], _pad(tokenizer))
+    inputs = padded([encode_chat(tokenizer, t.messages)[0] for t in talks], pad_token_id(tokenizer))
     inputs = {name: tensor.to(generator.model.device) for name, tensor in inputs.items()}
     texts: list[list[int]] = [[] for _ in talks]
+    arguments = decoding_arguments(cell.max_new_tokens, cell.temperature, cell.top_p)
     logging_s = 0.0
     begin = time.perf_counter()
-    for step in generator.trace(seed=_seeds(cell, talks, turn), **inputs, **_arguments(cell)):
+    for step in generator.trace(seed=_seeds(cell, talks, turn), **inputs, **arguments):
         arrived = time.perf_counter()
         prefill = not texts[step.row]
         texts[step.row] += step.tokens
@@ -185,34 +184,9 @@ def _ask(
     return seconds
 
 
-def _arguments(cell: SweepCell) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"max_new_tokens": cell.max_new_tokens, "do_sample": False}
-    if cell.temperature > 0.0:
-        # top_k: transformers' default of 50 would be a truncation that the cell does not name
-        sampling = {"temperature": cell.temperature, "top_p": cell.top_p, "top_k": 0}
-        arguments |= {"do_sample": True, **sampling}
-    return arguments
-
-
 def _seeds(cell: SweepCell, talks: Sequence[_Talk], turn: int) -> list[int]:
     # by the number in the file, so that --limit and --batch-sizes leave a prompt's text alone
     return [(cell.seed << 32) + (talk.prompt.number << 8) + turn for talk in talks]
-
-
-def _pad(tokenizer: Any) -> int:
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in known if token is not None)
-
-
-def _padded(rows: Sequence[Tensor], pad: int) -> dict[str, Tensor]:
-    """Returns ``[B, T]`` ids and mask of rows padded on the left."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = row
-        mask[index, width - len(row) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _summary(

@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from specdec.bench.files import explained, whole_file, write_text
 from specdec.bench.results import (
     ANSWERS,
     MANIFEST,
@@ -107,7 +108,7 @@ class SweepStore:
         """
         line = _line({"schema": SCHEMA, **row})
         path = self.folder / RESULTS
-        with self._lock, _explained(path):
+        with self._lock, explained(path):
             rows = self.rows()
             others = [old for old in rows if old["cell"] != row["cell"]]
             if len(others) < len(rows):
@@ -167,7 +168,7 @@ class SweepStore:
         manifest = self._check_manifest()
         manifest["runs"].append(facts)
         with self._whole(self.folder / MANIFEST) as part:
-            _write(part, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+            write_text(part, json.dumps(manifest, indent=1, allow_nan=False) + "\n")
 
     def _check_manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
@@ -184,17 +185,8 @@ class SweepStore:
         check_schema(manifest, path)
         return manifest
 
-    @contextlib.contextmanager
-    def _whole(self, path: Path) -> Iterator[Path]:
-        """Gives a hidden file to write, which takes the place of `path` once it is whole."""
-        part = path.with_name(f".{path.name}.{self._process}.part")
-        with _explained(path):
-            try:
-                yield part
-                part.replace(path)
-            finally:
-                with contextlib.suppress(OSError):
-                    part.unlink(missing_ok=True)
+    def _whole(self, path: Path) -> AbstractContextManager[Path]:
+        return whole_file(path, self._process)
 
 
 def _whole_bytes(path: Path) -> int:
@@ -203,7 +195,7 @@ def _whole_bytes(path: Path) -> int:
 
 def _write_rows(path: Path, rows: list[dict[str, Any]], *, parquet: bool = False) -> None:
     if not parquet:
-        _write(path, "".join(map(_line, rows)))
+        write_text(path, "".join(map(_line, rows)))
         return
     import pyarrow
     import pyarrow.parquet
@@ -213,27 +205,5 @@ def _write_rows(path: Path, rows: list[dict[str, Any]], *, parquet: bool = False
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(texts), path)
 
 
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Says of what the system refuses which file it is, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(
-            error.errno,
-            f"{error.strerror}: {path} cannot be written; finished cells stay, so make room and "
-            "run the same command again",
-        ) from error

