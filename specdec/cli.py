@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from specdec.errors import ConfigError, UnsupportedModelError
@@ -25,18 +26,25 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command; errors a user can mend are printed in one line and end with status 2."""
+    """Runs one command; see `one_line_errors`."""
     # no hub is asked unless the user says so: an unreachable one costs half a minute a load
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser(next(iter(argv), "")).parse_args(argv)
     arguments.invocation = ["specdec", *argv]  # for the records of measurements
+    with one_line_errors(f"specdec {arguments.command}"):
+        arguments.run(arguments)
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turns an error that a user can mend into one line and status 2."""
     from specdec.demo_model import DemoModelError
 
     try:
-        arguments.run(arguments)
+        yield
     except (ConfigError, UnsupportedModelError, DemoModelError, OSError) as error:
-        sys.stderr.write(f"specdec {arguments.command}: {error}\n")
+        sys.stderr.write(f"{program}: {error}\n")
         raise SystemExit(2) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

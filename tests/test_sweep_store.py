@@ -93,9 +93,9 @@ def test_a_half_written_line_does_not_count_and_gives_way(
         (b'{"cell": "a", "sta', r"results\.jsonl:2: not a JSON object.*remove the line"),
         (b"\x00\xff\x80", r"results\.jsonl:2: not a JSON object"),
         (b"[1, 2]", r"results\.jsonl:2: not a JSON object but list"),
-        (b'{"schema": 1, "status": "ok"}', "has a row without `cell` or `status`"),
-        (b'{"schema": 1, "cell": "a", "status": "half"}', "has a row without"),
-        (b'{"schema": 0, "cell": "a", "status": "ok"}', "has schema 0, this version writes 1"),
+        (b'{"schema": 2, "status": "ok"}', "has a row without `cell` or `status`"),
+        (b'{"schema": 2, "cell": "a", "status": "half"}', "has a row without"),
+        (b'{"schema": 1, "cell": "a", "status": "ok"}', "has schema 1, this version writes 2"),
         (b'{"cell": "a", "status": "ok"}', "has schema None"),
     ],
 )
@@ -117,8 +117,8 @@ def test_damaged_or_older_results_are_refused(tmp_path: Path, line: bytes, messa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"schema": 0, "runs": []}', "has schema 0, this version writes 1"),
-        ('{"schema": 1, "runs": [', "is no manifest of a sweep"),
+        ('{"schema": 1, "runs": []}', "has schema 1, this version writes 2"),
+        ('{"schema": 2, "runs": [', "is no manifest of a sweep"),
         ("[]", "is no manifest of a sweep"),
     ],
 )

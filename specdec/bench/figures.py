@@ -12,8 +12,10 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import accumulate, cycle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from specdec.bench.files import whole_file
 from specdec.errors import ConfigError
 from specdec.stats import Counts
 
@@ -114,6 +116,15 @@ def data_uri(figure: Figure) -> str:
     with rc_context(_STYLE), io.BytesIO() as file:
         figure.savefig(file, format="svg", metadata={"Date": None})
         return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def save(figure: Figure, file: Path) -> None:
+    """Writes a figure as .png or .svg; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    metadata = {"Date": None} if file.suffix == ".svg" else {}
+    with rc_context(_STYLE), whole_file(file) as part:
+        figure.savefig(part, format=file.suffix[1:], dpi=160, metadata=metadata)
 
 
 def speed_ratios(

@@ -15,6 +15,7 @@ from specdec.bench.decoding import decoding_arguments, pad_token_id, padded
 from specdec.generator import SpeculativeGenerator
 from specdec.prompts import Prompt, encode_chat
 from specdec.random import RandomSource
+from specdec.row_text import Step
 from specdec.stats import PHASES, Counts, DecodeStats
 from specdec.types import Budget, Drafter, DraftLaw, GrowPlan, Root, StepOutcome, TreePolicy
 
@@ -25,7 +26,8 @@ class Measured:
 
     Attributes:
         row: of the table: the cell's settings, counts and ratios over all prompts, and `timing`.
-        steps: a row for each prompt, turn and step; the prefill and its token are left out.
+        steps: a row for each prompt, turn and step; the prefill and its token are left out. `ranks`
+            are the places of the accepted nodes among their siblings, level by level.
         answers: a row for each prompt, in Spec-Bench's format: `new_tokens` count the prefill's
             token, `accept_lengths` are the tokens of each step, `wall_time` is in seconds and that
             of the whole call, whatever its batch size.
@@ -169,6 +171,7 @@ def _ask(
                     "tested": counts.num_tested,
                     "accepted": counts.num_accepted,
                     "emitted": counts.num_emitted,
+                    "ranks": _ranks(step),
                     "tokens": step.tokens,
                 }
             )
@@ -182,6 +185,13 @@ def _ask(
         talk.new_tokens.append(stats.num_generated)
         talk.wall_s.append(seconds)
     return seconds
+
+
+def _ranks(step: Step) -> list[int]:
+    """Returns the place of each accepted node among its siblings, from the first level down."""
+    children = step.tree.children
+    parents = [0, *step.path][:-1]
+    return [children[p].index(node) for p, node in zip(parents, step.path, strict=True)]
 
 
 def _seeds(cell: SweepCell, talks: Sequence[_Talk], turn: int) -> list[int]:
@@ -205,6 +215,7 @@ def _summary(
         "settings": calls[-1].settings,  # "auto" resolved
         "num_prompts": len(talks),
         "num_turns": len(rows),
+        "num_prompt_tokens": sum(row.num_prompt_tokens for row in rows),
         "num_generated": generated,
         "target_passes": sum(call.target_passes for call in calls),
         "finish_reasons": dict(sorted(Counter(row.finish_reason for row in rows).items())),

@@ -12,7 +12,7 @@ from specdec.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = 1  # of rows and manifest; a reader of an older one would count wrongly
+SCHEMA = 2  # of rows and manifest; a reader of an older one would count wrongly
 RESULTS, STEPS, ANSWERS, MANIFEST = "results.jsonl", "steps", "answers", "manifest.json"
 
 
