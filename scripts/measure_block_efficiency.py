@@ -14,14 +14,12 @@ from collections import defaultdict
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specdec import SpeculativeGenerator
-from specdec.demo_model import ensure_demo_model
+from specdec.pretrained import load_model
 from specdec.prompts import encode, read_prompts, spread_over_categories
 from specdec.stats import Counts
 
@@ -38,9 +36,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     arguments = parser.parse_args()
 
-    path = arguments.model or ensure_demo_model()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model, tokenizer = load_model(arguments.model, device="cpu")
     prompts = spread_over_categories(read_prompts(arguments.prompts), arguments.limit)
     columns: dict[int, dict[str, Counts]] = {}
     overheads = {}

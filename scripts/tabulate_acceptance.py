@@ -91,16 +91,11 @@ def measure_synthetic(arguments: argparse.Namespace) -> Measure:
 
 def measure_model(arguments: argparse.Namespace) -> Measure:
     """Returns what measures a cell on a model."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from specdec.demo_model import ensure_demo_model
     from specdec.drafters import EarlyExit
+    from specdec.pretrained import load_model
     from specdec.prompts import encode, read_prompts, spread_over_categories
 
-    path = arguments.model or ensure_demo_model()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model, tokenizer = load_model(arguments.model, device="cpu")
     prompts = spread_over_categories(read_prompts(arguments.prompts), arguments.limit)
     drafter = arguments.drafter
     if arguments.draft_layers:

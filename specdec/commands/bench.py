@@ -4,9 +4,9 @@ Every method runs on every prompt before the next prompt comes, and their order 
 ratios survive a noisy machine. Ratios compare whole calls, prefill included. `compare` looks closer
 at drafters, one row a call.
 
-    python -m specdec bench --prompts question.jsonl --limit 39
+    python -m specdec bench --prompts question.jsonl --limit 13
     python -m specdec bench --prompts question.jsonl --temperature 0.7 --top-p 0.9
-    python -m specdec bench --prompts question.jsonl --batch-sizes 1 2 4 8
+    python -m specdec bench --prompts question.jsonl --batch-sizes 1 2 4 8 --plot speed.svg
     python -m specdec bench --prompts question.jsonl --contexts 128 512 2048
 """
 

@@ -6,7 +6,7 @@ included. OUT gets report.html (figures within), results.csv (a row a method and
 runs.csv (a row a method and prompt) and manifest.json (versions, revision, hardware, command).
 
     python -m specdec compare --out compared
-    python -m specdec compare --prompts question.jsonl --limit 39 --out compared
+    python -m specdec compare --prompts question.jsonl --out compared
     python -m specdec compare --drafters hybrid,early_exit:20 --max-new-tokens 128 --out compared
 """
 

@@ -1,7 +1,9 @@
 """Writes the continuation of a prompt to the terminal, then explains where the time went.
 
-python -m specdec generate --prompt "Name three colours."
-python -m specdec generate --prompt @question.txt --temperature 0.7 --seed 3
+The text is the model's own: greedy, or sampled by its law.
+
+    python -m specdec generate --prompt "Name three colours."
+    python -m specdec generate --prompt @question.txt --temperature 0.7 --seed 3
 """
 
 from __future__ import annotations
