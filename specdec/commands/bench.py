@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.commands.parts import add_model, add_prompts, add_sampling, load
+from specdec.commands.parts import add_model, add_prompts, add_sampling, load, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,16 +30,18 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_prompts(parser, limit=13, required=False)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
     parser.add_argument("--drafters", nargs="+", default=["auto"], metavar="NAME")
     parser.add_argument(
         "--assistant", metavar="NAME_OR_PATH", help="draft model of transformers' assisted decoding"
     )
     add_sampling(parser)
-    parser.add_argument("--repeats", type=int, default=1, help="rounds; the least time counts")
+    parser.add_argument("--repeats", type=positive, default=1, help="rounds; the least time counts")
     sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="rows a call (1)")
-    sizes.add_argument("--contexts", type=int, nargs="+", help="cut or fill prompts to tokens")
+    sizes.add_argument(
+        "--batch-sizes", type=positive, nargs="+", default=[1], help="rows a call (1)"
+    )
+    sizes.add_argument("--contexts", type=positive, nargs="+", help="cut or fill prompts to tokens")
     add_model(parser)
     parser.add_argument("--out", type=Path, default=Path("generation.json"))
     parser.add_argument("--plot", type=Path, help="SVG or PNG of the speed-ups (matplotlib)")

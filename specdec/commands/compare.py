@@ -22,6 +22,7 @@ from specdec.commands.parts import (
     load,
     names,
     node_budget,
+    positive,
 )
 
 _NODES = 8  # what a CPU can afford, see specdec.generator
@@ -30,7 +31,7 @@ _NODES = 8  # what a CPU can afford, see specdec.generator
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_prompts(parser, limit=13, required=False)
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="a prompt (48)")
+    parser.add_argument("--max-new-tokens", type=positive, default=48, help="a prompt (48)")
     parser.add_argument(
         "--drafters",
         type=names,

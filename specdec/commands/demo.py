@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from specdec.commands.parts import add_parts, load, parts_of
+from specdec.commands.parts import add_parts, load, parts_of, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_parts(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=positive, default=128)
     parser.add_argument(
         "--figure",
         metavar="FILE",

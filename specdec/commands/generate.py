@@ -12,14 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from specdec.commands.parts import add_parts, add_sampling, load, parts_of
+from specdec.commands.parts import add_parts, add_sampling, load, parts_of, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_parts(parser)
     parser.add_argument("--prompt", required=True, help="the text, or @FILE to read it from one")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=positive, default=256)
     add_sampling(parser)
     parser.add_argument("--seed", type=int, help="makes a sampled text repeatable")
 

@@ -43,9 +43,9 @@ def parts_of(arguments: argparse.Namespace) -> dict[str, Any]:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds --temperature and --top-p."""
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 (default) is greedy", metavar="T"
+        "--temperature", type=temperature, default=0.0, help="0 (default) is greedy", metavar="T"
     )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus")
+    parser.add_argument("--top-p", type=share, default=1.0, metavar="P", help="nucleus")
 
 
 def add_prompts(parser: argparse.ArgumentParser, *, limit: int, required: bool) -> None:
@@ -60,15 +60,38 @@ def add_prompts(parser: argparse.ArgumentParser, *, limit: int, required: bool) 
     )
     parser.add_argument(
         "--limit",
-        type=int,
+        type=positive,
         default=limit,
         help=f"prompts, spread over the categories ({limit})",
     )
 
 
+def positive(text: str) -> int:
+    """Returns a whole number of at least 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
 def node_budget(text: str) -> int | str:
-    """Returns a number, or "auto"."""
-    return text if text == "auto" else int(text)
+    """Returns a whole number of at least 1, or "auto"."""
+    return text if text == "auto" else positive(text)
+
+
+def temperature(text: str) -> float:
+    """Returns a number of at least 0."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    """Returns a number above 0 and up to 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 and up to 1, got {text!r}")
+    return value
 
 
 def names(text: str) -> list[str]:
