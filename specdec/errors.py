@@ -25,3 +25,7 @@ class LogitsError(RuntimeError):
 
 class BusyError(RuntimeError):
     """A generator that was called again before its running call had ended."""
+
+
+class TrainingError(RuntimeError):
+    """A training run that cannot go on: its loss or its gradient is no finite number."""

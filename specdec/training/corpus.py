@@ -22,15 +22,8 @@ from specdec.errors import ConfigError
 
 _MANIFEST = "corpus.json"
 _VERSION = 1
-_TENSORS = (
-    "tokens",
-    "text_starts",
-    "answer_starts",
-    "greedy",
-    "features",
-    "top_ids",
-    "top_log_probs",
-)
+_TENSORS = ("tokens", "text_starts", "answer_starts", "greedy", "top_ids", "top_log_probs")
+_FEATURES = "features"
 
 
 class OwnText(NamedTuple):
@@ -111,16 +104,17 @@ class Corpus:
         return count
 
     def append(self, texts: Sequence[OwnText]) -> None:
-        """Writes one more shard; it appears under its name only when it is complete."""
+        """Writes the first shard that is missing; it has its name only when it is complete."""
         lengths = torch.tensor([0] + [len(text.tokens) for text in texts])
+        parts = list(texts) or [_no_text(self.facts.top_k)]  # a batch may have come to nothing
         tensors = {
-            "tokens": torch.cat([text.tokens for text in texts]).to(torch.int32),
+            "tokens": torch.cat([text.tokens for text in parts]).to(torch.int32),
             "text_starts": lengths.cumsum(0),
-            "answer_starts": torch.tensor([text.answer_start for text in texts]),
-            "greedy": torch.tensor([text.greedy for text in texts]),
-            "features": torch.cat([text.features for text in texts]).to(torch.float16),
-            "top_ids": torch.cat([text.top_ids for text in texts]).to(torch.int32),
-            "top_log_probs": torch.cat([text.top_log_probs for text in texts]).to(torch.float16),
+            "answer_starts": torch.tensor([text.answer_start for text in texts], dtype=torch.int64),
+            "greedy": torch.tensor([text.greedy for text in texts], dtype=torch.bool),
+            _FEATURES: torch.cat([text.features for text in parts]).to(torch.float16),
+            "top_ids": torch.cat([text.top_ids for text in parts]).to(torch.int32),
+            "top_log_probs": torch.cat([text.top_log_probs for text in parts]).to(torch.float16),
         }
         path = self._path(self.num_shards)
         partial = path.with_suffix(f".{os.getpid()}.partial")
@@ -130,32 +124,69 @@ class Corpus:
         finally:
             partial.unlink(missing_ok=True)
 
-    def texts(self) -> Iterator[OwnText]:
+    def texts(self, layers: Sequence[int] | None = None) -> Iterator[OwnText]:
         """Yields every text in the order it was written.
 
+        Args:
+            layers: whose features to read, one behind the other; None for all that were kept. What
+                is not wanted is not loaded either where none are.
+
         Raises:
-            ConfigError: if a shard is damaged.
+            ConfigError: if a shard is damaged, or a layer was not kept.
         """
+        kept = self.facts.layers
+        wanted = kept if layers is None else tuple(layers)
+        if not set(wanted) <= set(kept):
+            raise ConfigError(
+                f"{self.folder} has features of layers {list(kept)}, wanted are {list(wanted)}: "
+                "write text with these layers into another folder"
+            )
         for shard in range(self.num_shards):
-            path = self._path(shard)
-            try:
-                with safe_open(path, framework="pt") as file:
-                    part = {name: file.get_tensor(name) for name in _TENSORS}
-            except SafetensorError as error:
-                raise ConfigError(f"{path} is damaged ({error}); delete it and go on") from error
+            part = self._read(shard, features=bool(wanted))
             starts = part["text_starts"].tolist()
+            features = _columns(part[_FEATURES], [kept.index(layer) for layer in wanted], len(kept))
             for index, (begin, end) in enumerate(pairwise(starts)):
                 yield OwnText(
                     part["tokens"][begin:end].long(),
                     int(part["answer_starts"][index]),
                     bool(part["greedy"][index]),
-                    part["features"][begin:end],
+                    features[begin:end],
                     part["top_ids"][begin:end].long(),
                     part["top_log_probs"][begin:end].float(),
                 )
 
+    def _read(self, shard: int, *, features: bool) -> dict[str, Tensor]:
+        path = self._path(shard)
+        try:
+            with safe_open(path, framework="pt") as file:
+                part = {name: file.get_tensor(name) for name in _TENSORS}
+                part[_FEATURES] = (
+                    file.get_tensor(_FEATURES)
+                    if features
+                    else torch.empty(len(part["tokens"]), 0, dtype=torch.float16)
+                )
+        except SafetensorError as error:
+            raise ConfigError(
+                f"{path} is damaged ({error}); delete it and write the text again"
+            ) from error
+        return part
+
     def _path(self, shard: int) -> Path:
         return self.folder / f"{shard:05d}.safetensors"
+
+
+def _columns(features: Tensor, places: Sequence[int], count: int) -> Tensor:
+    """Returns the features of the layers at some places of `count`."""
+    if list(places) == list(range(count)) or not places:
+        return features
+    parts = features.chunk(count, dim=1)
+    return torch.cat([parts[place] for place in places], dim=1)
+
+
+def _no_text(top_k: int) -> OwnText:
+    """Returns a text of no tokens."""
+    empty = torch.empty(0, top_k)
+    return OwnText(torch.empty(0), 0, False, torch.empty(0, 0), empty, empty)
 
 
 def _plain(facts: CorpusFacts) -> dict[str, Any]:

@@ -91,9 +91,12 @@ def write_own_text(
     num_shards = -(-recipe.num_texts // batch_size)
     recorder = Recorder(layers, top_k)
     writer = _Writer(model, tokenizer, recorder, recipe)
-    shards = range(corpus.num_shards, num_shards)
-    for shard in tqdm(shards, "own text", num_shards, initial=shards.start, disable=not progress):
-        corpus.append(list(writer.shard(shard, batch_size)))
+    with tqdm(desc="own text", total=num_shards, disable=not progress) as bar:
+        # a damaged shard that was deleted leaves a gap, which is filled first
+        while (shard := corpus.num_shards) < num_shards:
+            bar.update(shard - bar.n)
+            corpus.append(list(writer.shard(shard, batch_size)))
+        bar.update(num_shards - bar.n)
     return corpus
 
 
