@@ -4,6 +4,7 @@ from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.hybrid import Hybrid
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.small_model import SmallModel
+from specdec.drafters.student import Student
 from specdec.drafters.suffix import Suffix
 from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.trigram import Trigram
@@ -13,6 +14,7 @@ __all__ = [
     "Hybrid",
     "PromptLookup",
     "SmallModel",
+    "Student",
     "Suffix",
     "TokenRecycling",
     "Trigram",

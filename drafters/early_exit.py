@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 
-from specdec.backend.features import layer_path
+from specdec.backend.cut import first_layers
 from specdec.backend.model import causal_ancestors
 from specdec.backend.packed import already_packed
 from specdec.backend.probe import probed
@@ -110,45 +109,3 @@ class EarlyExit(ModelDrafter):
             if row != NO_ROW:
                 self._laws[row].places[0] = 0
                 self._know(self._laws[row], [0], logits[place])
-
-
-def first_layers(model: Any, num_layers: int) -> Any:
-    """Returns a model of the first layers with the same norm and head, sharing all weights.
-
-    The model itself stays as it is; what changes its weights in place changes both.
-
-    Args:
-        model: a HuggingFace causal language model.
-        num_layers: how many layers, at least 1.
-
-    Raises:
-        UnsupportedModelError: if its layers are not where they are known to be, or if hooks have
-            replaced its forward pass (a device map of accelerate does), which would run them all.
-    """
-    path = layer_path(model)
-    shorter = _shallow_copy(model)
-    shorter.config = copy.deepcopy(model.config)
-    shorter.config.num_hidden_layers = num_layers
-    if getattr(model.config, "layer_types", None):
-        shorter.config.layer_types = model.config.layer_types[:num_layers]
-    parent = shorter
-    for name in (model.base_model_prefix, *path[:-1]):
-        module = getattr(parent, name)
-        if "forward" in vars(module) or "forward" in vars(model):
-            raise UnsupportedModelError(
-                f"the forward pass of {type(model).__name__} is wrapped (by a device map of "
-                "accelerate, say), and would run all its layers; load the model on one device"
-            )
-        module = _shallow_copy(module)
-        module.config = shorter.config
-        setattr(parent, name, module)
-        parent = module
-    setattr(parent, path[-1], getattr(parent, path[-1])[:num_layers])
-    return shorter
-
-
-def _shallow_copy(module: Any) -> Any:
-    """Returns a module with the same children; replacing one leaves the original as it is."""
-    copied = copy.copy(module)
-    copied._modules = dict(module._modules)
-    return copied

@@ -65,6 +65,27 @@ class SharedVocabulary:
         """Forgets a row."""
 
 
+class PartialVocabulary(SharedVocabulary):
+    """The draft model reads all of the target's tokens and guesses some of them.
+
+    Args:
+        ids: ``[W]`` int64, the tokens it guesses, in the order of its logits.
+        target_size: width of the target's logits.
+    """
+
+    def __init__(self, ids: Tensor, target_size: int) -> None:
+        super().__init__(target_size, target_size)
+        self._ids = ids
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Returns ``[n, V]`` float32 over the target's vocabulary, -inf where there is none."""
+        scores = torch.full(
+            (len(logits), self.target_size), -torch.inf, device=logits.device, dtype=torch.float32
+        )
+        scores[:, self._ids] = logits.float()
+        return scores
+
+
 @dataclass(slots=True)
 class _Reading:
     """How far one row's text is settled in the draft model's tokens.

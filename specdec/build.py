@@ -56,6 +56,7 @@ DRAFTERS: dict[str, Callable[[], Any]] = {
     "hybrid": _hybrid,
     "prompt_lookup": _drafter("PromptLookup"),
     "small_model": _small_model,
+    "student": _drafter("Student"),
     "suffix": _drafter("Suffix"),
     "token_recycling": _drafter("TokenRecycling"),
     "trigram": _drafter("Trigram"),

@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache
 
 from specdec import SpeculativeGenerator
+from specdec.backend.cut import first_layers
 from specdec.drafters import EarlyExit, SmallModel
-from specdec.drafters.early_exit import first_layers
 from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.trees import Chain, Static
 from specdec.types import DraftContext, Draw, TargetInfo

@@ -35,7 +35,7 @@ def layer_path(model: Any) -> tuple[str, ...]:
     )
 
 
-def decoder_layers(model: Any) -> Sequence[torch.nn.Module]:
+def decoder_layers(model: Any) -> torch.nn.ModuleList:
     """Returns the decoder layers of a HuggingFace causal language model, in order.
 
     Raises:
@@ -44,7 +44,7 @@ def decoder_layers(model: Any) -> Sequence[torch.nn.Module]:
     module = model.base_model
     for name in layer_path(model):
         module = getattr(module, name)
-    layers: Sequence[torch.nn.Module] = module
+    layers: torch.nn.ModuleList = module
     return layers
 
 

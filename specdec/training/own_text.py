@@ -38,7 +38,7 @@ class TextRecipe:
     """How the text is asked for.
 
     Attributes:
-        num_texts: prompts with an answer.
+        num_texts: user's turns begun; a few come to nothing, and the last batch is written whole.
         prompt_tokens: at most, of a user's turn.
         answer_tokens: at most, of an answer.
         greedy_share: of the answers; the others are sampled at temperature 1.
@@ -90,6 +90,8 @@ def write_own_text(
     corpus = Corpus(folder, facts)
     num_shards = -(-recipe.num_texts // batch_size)
     recorder = Recorder(layers, top_k)
+    if corpus.num_shards >= num_shards:
+        return corpus
     writer = _Writer(model, tokenizer, recorder, recipe)
     with tqdm(desc="own text", total=num_shards, disable=not progress) as bar:
         # a damaged shard that was deleted leaves a gap, which is filled first
@@ -123,7 +125,13 @@ class _Writer:
         ]
         heads = [self._head + self._encode(opening) for opening in openings]
         turns = self._written(
-            self._prompts, heads, recipe.prompt_tokens, seed=seed, do_sample=True, top_p=0.99
+            self._prompts,
+            heads,
+            recipe.prompt_tokens,
+            seed=seed,
+            do_sample=True,
+            temperature=1.0,
+            top_p=0.99,
         )
         prompts = [
             turn + self._tail

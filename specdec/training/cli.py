@@ -1,0 +1,287 @@
+"""The command that trains drafters: has the target write text, trains, measures, writes a card."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from specdec.backend.features import decoder_layers
+from specdec.backend.fingerprint import fingerprint
+from specdec.cache_dir import default_cache_dir
+from specdec.demo import load_model
+from specdec.errors import ConfigError
+from specdec.prompts import encode, read_prompts, spread_over_categories
+from specdec.training.card import CardFacts, write_card
+from specdec.training.corpus import Corpus
+from specdec.training.evaluation import BlockEfficiency
+from specdec.training.own_text import TextRecipe, write_own_text
+from specdec.training.recipes import RECIPES, Entry
+from specdec.training.trainer import TrainSettings, train
+
+_TEXT = "text"
+_DEFAULT_EPOCHS = 8.0
+_DEFAULTS = TrainSettings(epochs=_DEFAULT_EPOCHS)
+_TEXT_OPTIONS = ("num_texts", "prompt_tokens", "answer_tokens", "greedy_share")
+_TEXT_BATCH = 32
+# what the losses do not depend on, or what a run's settings hold already
+_OUTSIDE = {
+    *("model", "texts", "out", "licence", "recipe", "run", "command", "quiet"),
+    *("eval_prompts", "eval_tokens", "eval_nodes", "default_epochs", *_TEXT_OPTIONS),
+    *(field.name for field in fields(TrainSettings)),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a sub-command for the text, and one for each drafter that can be trained."""
+    commands = parser.add_subparsers(dest="recipe", required=True, metavar="DRAFTER")
+    _add_text_arguments(
+        commands.add_parser(_TEXT, help="only have the target write the text to train on")
+    )
+    for name, entry in RECIPES.items():
+        command = commands.add_parser(name, help=entry.help)
+        _add_text_arguments(command)
+        _add_training_arguments(command)
+        entry.load().add_arguments(command)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Runs the command that `add_arguments` reads.
+
+    Raises:
+        ConfigError: for options that cannot work, and for text or a run of something else.
+        UnsupportedModelError: if the model cannot be trained for.
+        TrainingError: if the loss is not finite.
+    """
+    settings = None if arguments.recipe == _TEXT else _settings(arguments)
+    model, tokenizer = load_model(arguments.model)
+    name = Path(model.config.name_or_path).name or type(model).__name__
+    corpus = _corpus(arguments, model, tokenizer, name)
+    if settings is not None:
+        _train(arguments, settings, corpus, model, tokenizer, name)
+        return
+    texts = list(corpus.texts(layers=()))
+    tokens = sum(len(text.tokens) for text in texts)
+    sys.stdout.write(f"{corpus.folder} has {len(texts)} texts, {tokens} tokens\n")
+
+
+def default_feature_layers(num_layers: int) -> list[int]:
+    """Returns a low, a middle and a high layer of a target.
+
+    Source: DFlash (arXiv 2602.06036): spread from the second layer to the third from the end.
+    """
+    spread = (round(1 + place * (num_layers - 4) / 2) for place in range(3))
+    return sorted({min(max(layer, 0), num_layers - 1) for layer in spread})
+
+
+class _ConfigFile(argparse.Action):
+    """Reads options from a YAML file; those behind it on the command line take their place."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        try:
+            options = yaml.safe_load(Path(values).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            parser.error(f"{values} cannot be read: {error}")
+        if not isinstance(options, dict):
+            parser.error(f"{values} should hold names and values, got {type(options).__name__}")
+        known, unknown = parser.parse_known_args(_as_arguments(options), namespace)
+        if unknown:
+            parser.error(f"{values}: unknown options {' '.join(unknown)}")
+        assert known is namespace
+
+
+def _as_arguments(options: dict[str, Any]) -> list[str]:
+    """Returns options of a file as a command line has them."""
+    arguments = []
+    for name, value in options.items():
+        if value is None or value is False:
+            continue
+        arguments.append("--" + str(name).replace("_", "-"))
+        if value is not True:
+            arguments += map(str, value if isinstance(value, list) else [value])
+    return arguments
+
+
+def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="NAME_OR_PATH", help="the target; the demo model when left out"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        action=_ConfigFile,
+        default=argparse.SUPPRESS,
+        help="options, as YAML",
+    )
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    text = parser.add_argument_group(
+        "own text", "text that is there is used as it is, and finished if it was cut off"
+    )
+    text.add_argument("--texts", metavar="FOLDER", type=Path, help="in the cache when left out")
+    text.add_argument("--num-texts", type=int, help=f"{TextRecipe().num_texts} when left out")
+    text.add_argument("--prompt-tokens", type=int, help="at most, of a user's turn")
+    text.add_argument("--answer-tokens", type=int, help="at most, of an answer")
+    text.add_argument("--greedy-share", type=float, help="of the answers; the others are sampled")
+    text.add_argument(
+        "--feature-layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="whose states to keep; a low, a middle and a high one when left out",
+    )
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    training = parser.add_argument_group("training")
+    training.add_argument("--out", metavar="FOLDER", type=Path, help="in the cache when left out")
+    length = training.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="the exact form: the same anywhere")
+    length.add_argument("--epochs", type=float)
+    length.add_argument("--minutes", type=float, help="as many steps as take that long here")
+    training.add_argument("--learning-rate", type=float, default=_DEFAULTS.learning_rate)
+    training.add_argument("--warm-up", type=float, default=_DEFAULTS.warm_up)
+    training.add_argument("--weight-decay", type=float, default=_DEFAULTS.weight_decay)
+    training.add_argument("--clip", type=float, default=_DEFAULTS.clip)
+    training.add_argument("--seed", type=int, default=_DEFAULTS.seed)
+    training.add_argument("--save-every", type=int, default=_DEFAULTS.save_every)
+    training.add_argument(
+        "--mixed-precision", choices=("no", "bf16"), default=_DEFAULTS.mixed_precision
+    )
+    training.add_argument(
+        "--licence", default="see its own card", help="the target's, for the drafter's card"
+    )
+    evaluation = parser.add_argument_group("evaluation", "block efficiency of a chain, greedy")
+    evaluation.add_argument("--evaluations", type=int, default=_DEFAULTS.evaluations)
+    evaluation.add_argument(
+        "--held-out", type=int, default=16, help="texts kept from training, for their prompts"
+    )
+    evaluation.add_argument(
+        "--eval-prompts", metavar="FILE", help="JSONL or text, in place of the held-out prompts"
+    )
+    evaluation.add_argument("--eval-tokens", type=int, default=64, help="to write per prompt")
+    evaluation.add_argument("--eval-nodes", type=int, default=6, help="length of the chain")
+
+
+def _settings(arguments: argparse.Namespace) -> TrainSettings:
+    given = {field.name: getattr(arguments, field.name) for field in fields(TrainSettings)}
+    if all(given[name] is None for name in ("steps", "epochs", "minutes")):
+        given["epochs"] = getattr(arguments, "default_epochs", _DEFAULT_EPOCHS)
+    return TrainSettings(**given)
+
+
+def _corpus(arguments: argparse.Namespace, model: Any, tokenizer: Any, name: str) -> Corpus:
+    """Returns the corpus that is there, finished, or a new one."""
+    folder = arguments.texts or default_cache_dir() / "texts" / name
+    given = {k: getattr(arguments, k) for k in _TEXT_OPTIONS if getattr(arguments, k) is not None}
+    layers, batch_size = arguments.feature_layers, _TEXT_BATCH
+    if (folder / "corpus.json").exists():
+        facts = Corpus(folder).facts
+        if facts.target != fingerprint(model):
+            raise ConfigError(
+                f"{folder} holds text and features of the model with fingerprint {facts.target}; "
+                f"{name} has {fingerprint(model)}: take another folder with --texts"
+            )
+        kept = dict(facts.recipe)
+        batch_size = kept.pop("batch_size")
+        given = kept | {"openings": tuple(kept["openings"])} | given
+        layers = facts.layers if layers is None else layers
+    if layers is None:
+        layers = default_feature_layers(len(decoder_layers(model)))
+    return write_own_text(
+        model,
+        tokenizer,
+        folder,
+        TextRecipe(**given),
+        layers=layers,
+        batch_size=batch_size,
+        progress=not arguments.quiet,
+    )
+
+
+def _train(
+    arguments: argparse.Namespace,
+    settings: TrainSettings,
+    corpus: Corpus,
+    model: Any,
+    tokenizer: Any,
+    name: str,
+) -> None:
+    entry = RECIPES[arguments.recipe]
+    folder = arguments.out or default_cache_dir() / "drafters" / f"{arguments.recipe}-{name}"
+    texts = list(corpus.texts(layers=()))
+    held_out = min(max(arguments.held_out, 0), len(texts) // 4)
+    num_texts = len(texts) - held_out
+    if num_texts < 1:
+        raise ConfigError(f"{corpus.folder} has no text to train on; raise --num-texts")
+    recipe = entry.load().make(model, texts[:num_texts], arguments)
+    prompts = [text.tokens[: text.answer_start].unsqueeze(0) for text in texts[num_texts:]]
+    evaluated_on = f"prompts of {held_out} of its own texts that were kept from training"
+    if arguments.eval_prompts is not None:
+        chosen = spread_over_categories(
+            read_prompts(arguments.eval_prompts), max(1, arguments.held_out)
+        )
+        prompts = [encode(tokenizer, prompt) for prompt in chosen]
+        evaluated_on = f"{len(prompts)} prompts of {Path(arguments.eval_prompts).name}"
+    if recipe.layers:
+        texts = list(corpus.texts(layers=recipe.layers))
+    about = {k: v for k, v in vars(arguments).items() if k not in _OUTSIDE}
+    run = train(
+        recipe,
+        texts[:num_texts],
+        folder,
+        settings,
+        about={
+            **about,
+            "target": corpus.facts.target,
+            "text": {k: v for k, v in corpus.facts.recipe.items() if k != "openings"},
+        },
+        evaluate=_evaluation(arguments, entry, model, tokenizer, prompts) if prompts else None,
+        progress=not arguments.quiet,
+    )
+    card = write_card(
+        folder,
+        CardFacts(
+            arguments.recipe,
+            name,
+            arguments.licence,
+            _command(sys.argv),
+            f"{evaluated_on}, {arguments.eval_tokens} tokens each, {arguments.eval_nodes} nodes",
+        ),
+        corpus.facts,
+        texts[:num_texts],
+        run,
+        {**{f.name: getattr(settings, f.name) for f in fields(settings)}, **about},
+    )
+    sys.stdout.write(f"{folder} has the drafter, {card.name} says what it is\n")
+
+
+def _evaluation(
+    arguments: argparse.Namespace, entry: Entry, model: Any, tokenizer: Any, prompts: Sequence[Any]
+) -> BlockEfficiency:
+    return BlockEfficiency(
+        model,
+        tokenizer,
+        entry.drafter_of,
+        prompts,
+        num_nodes=arguments.eval_nodes,
+        max_new_tokens=arguments.eval_tokens,
+        progress=not arguments.quiet,
+    )
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Returns the command line; folders of this machine are nobody else's business."""
+    parts = [Path(part).name if Path(part).is_absolute() else part for part in arguments[1:]]
+    return shlex.join(["python", "scripts/train_drafter.py", *parts])
