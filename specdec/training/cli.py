@@ -17,7 +17,7 @@ from specdec.backend.fingerprint import fingerprint
 from specdec.cache_dir import default_cache_dir
 from specdec.demo import load_model
 from specdec.errors import ConfigError
-from specdec.prompts import encode, read_prompts, spread_over_categories
+from specdec.prompts import Prompt, encode, read_prompts, spread_over_categories
 from specdec.training.card import CardFacts, write_card
 from specdec.training.corpus import Corpus
 from specdec.training.evaluation import BlockEfficiency
@@ -42,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds a sub-command for the text, and one for each drafter that can be trained."""
     commands = parser.add_subparsers(dest="recipe", required=True, metavar="DRAFTER")
     _add_text_arguments(
-        commands.add_parser(_TEXT, help="only have the target write the text to train on")
+        commands.add_parser(
+            _TEXT, help="only have the target write the text to train on", allow_abbrev=False
+        )
     )
     for name, entry in RECIPES.items():
-        command = commands.add_parser(name, help=entry.help)
+        command = commands.add_parser(name, help=entry.help, allow_abbrev=False)
         _add_text_arguments(command)
         _add_training_arguments(command)
         entry.load().add_arguments(command)
@@ -60,11 +62,12 @@ def run(arguments: argparse.Namespace) -> None:
         TrainingError: if the loss is not finite.
     """
     settings = None if arguments.recipe == _TEXT else _settings(arguments)
+    asked = _eval_prompts(arguments)  # now, and not after minutes of work
     model, tokenizer = load_model(arguments.model)
     name = Path(model.config.name_or_path).name or type(model).__name__
     corpus = _corpus(arguments, model, tokenizer, name)
     if settings is not None:
-        _train(arguments, settings, corpus, model, tokenizer, name)
+        _train(arguments, settings, corpus, model, tokenizer, name, asked)
         return
     texts = list(corpus.texts(layers=()))
     tokens = sum(len(text.tokens) for text in texts)
@@ -217,6 +220,7 @@ def _train(
     model: Any,
     tokenizer: Any,
     name: str,
+    asked: Sequence[Prompt],
 ) -> None:
     entry = RECIPES[arguments.recipe]
     folder = arguments.out or default_cache_dir() / "drafters" / f"{arguments.recipe}-{name}"
@@ -228,11 +232,8 @@ def _train(
     recipe = entry.load().make(model, texts[:num_texts], arguments)
     prompts = [text.tokens[: text.answer_start].unsqueeze(0) for text in texts[num_texts:]]
     evaluated_on = f"prompts of {held_out} of its own texts that were kept from training"
-    if arguments.eval_prompts is not None:
-        chosen = spread_over_categories(
-            read_prompts(arguments.eval_prompts), max(1, arguments.held_out)
-        )
-        prompts = [encode(tokenizer, prompt) for prompt in chosen]
+    if asked:
+        prompts = [encode(tokenizer, prompt) for prompt in asked]
         evaluated_on = f"{len(prompts)} prompts of {Path(arguments.eval_prompts).name}"
     if recipe.layers:
         texts = list(corpus.texts(layers=recipe.layers))
@@ -265,6 +266,14 @@ def _train(
         {**{f.name: getattr(settings, f.name) for f in fields(settings)}, **about},
     )
     sys.stdout.write(f"{folder} has the drafter, {card.name} says what it is\n")
+
+
+def _eval_prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    """Returns prompts of the user's own to evaluate on; none where none are named."""
+    if getattr(arguments, "eval_prompts", None) is None:
+        return []
+    prompts = read_prompts(arguments.eval_prompts)
+    return spread_over_categories(prompts, max(1, arguments.held_out))
 
 
 def _evaluation(
