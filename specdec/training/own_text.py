@@ -114,7 +114,10 @@ class _Writer:
         self._answers = SpeculativeGenerator(
             model, tokenizer, drafter=recorder, policy="chain", verifier="match", node_budget=1
         )
-        self._head, self._ends, self._tail = template_parts(tokenizer)
+        self._head, self._turn_ends, self._tail = template_parts(tokenizer)
+        # an answer may well hold the words that some templates put behind a user's turn
+        special = {tokenizer.eos_token_id, *tokenizer.added_tokens_decoder}
+        self._answer_ends = [end for end in self._turn_ends if end in special]
 
     def shard(self, number: int, count: int) -> Iterator[OwnText]:
         """Yields the texts of one shard; those without a user's turn or an answer are left out."""
@@ -128,6 +131,7 @@ class _Writer:
             self._prompts,
             heads,
             recipe.prompt_tokens,
+            self._turn_ends,
             seed=seed,
             do_sample=True,
             temperature=1.0,
@@ -146,6 +150,7 @@ class _Writer:
                     self._answers,
                     part,
                     recipe.answer_tokens,
+                    self._answer_ends,
                     seed=seed + 1,
                     do_sample=not greedy,
                     **how,
@@ -162,6 +167,7 @@ class _Writer:
         generator: SpeculativeGenerator,
         prompts: Sequence[list[int]],
         new_tokens: int,
+        ends: list[int],
         **arguments: Any,
     ) -> list[list[int]]:
         """Returns each prompt with what the model wrote behind it, its end token left out."""
@@ -177,12 +183,12 @@ class _Writer:
             ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=new_tokens,
-            eos_token_id=self._ends,
+            eos_token_id=ends,
             pad_token_id=0,
             **arguments,
         ):
             texts[row] += tokens
-        return [text[:-1] if text[-1] in self._ends else text for text in texts]
+        return [text[:-1] if text[-1] in ends else text for text in texts]
 
 
 def template_parts(tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
