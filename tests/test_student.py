@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,21 @@ from specdec.backend.cut import copied_layers
 from specdec.backend.features import decoder_layers
 from specdec.drafters import Student
 from specdec.drafters.vocabulary_bridge import PartialVocabulary
-from specdec.errors import ConfigError, StateError, UnsupportedModelError
+from specdec.errors import ConfigError, StateError, TreeError, UnsupportedModelError
+from specdec.testing.drafters import DrafterDraft
+from specdec.testing.toys import ToyLoop, ToyTarget
 from specdec.training.cli import add_arguments, default_feature_layers, run
 from specdec.training.corpus import Corpus, OwnText
 from specdec.training.divergence import FORWARD_KL, OBJECTIVES, divergence
 from specdec.training.student import StudentRecipe
 from specdec.training.vocabulary import most_written
-from specdec.trees import Chain, Static
-from specdec.types import Draw, TargetInfo
+from specdec.trees import BestFirst, Chain, Static
+from specdec.trees.build import TreeBuilder
+from specdec.types import Budget, Draw, TargetInfo, TreePolicy, Verifier
+from specdec.verifiers import Block, Match, Rejection, Traversal
+from tests.mutants import stated_as_it_is
 
+EXACT = 1e-12
 NEW = 24
 ROWS = [tiny.prompt(length, seed=length) for length in (5, 14, 9)]
 WIDTH = max(map(len, ROWS))
@@ -164,6 +171,59 @@ def test_logits_of_a_partial_vocabulary_find_their_places() -> None:
     scores = PartialVocabulary(torch.tensor([4, 1]), 6).scores(torch.tensor([[2.0, 3.0]]))
     inf = float("inf")
     assert scores.tolist() == [[-inf, 3.0, -inf, -inf, 2.0, -inf]]
+
+
+# ---- the law of the text, by enumeration ----
+
+PAIRS: list[tuple[TreePolicy, Verifier, list[Budget]]] = [
+    (Chain(Draw.IID), Rejection(), [Budget(2, 2), Budget(1, 1)]),
+    (Static([(0,), (1,), (0, 0)], Draw.WOR), Rejection(), [Budget(3, 2), Budget(1, 1)]),
+    (Static([(0,), (1,), (0, 0)], Draw.WOR), Traversal(), [Budget(3, 2), Budget(1, 1)]),
+    (Chain(Draw.WOR), Block(), [Budget(2, 2), Budget(1, 1)]),
+    (BestFirst(max_branching=2), Match(), [Budget(3, 2), Budget(2, 2)]),
+]
+
+
+def enumerated(folder: Path, kind: type[Student], policy: TreePolicy, verifier: Verifier) -> Any:
+    """Returns a loop over four tokens, three of which the student can guess."""
+    # flat, so that no token is all but certain
+    model = deep(vocab_size=4, initializer_range=0.15)
+    drafter = kind(weights(folder, model, (0, 2), torch.tensor([3, 0, 1])))
+    draft: Any = DrafterDraft(drafter, TargetInfo(4, model=model), [0])
+    return ToyLoop(policy, verifier, ToyTarget(4, 5, sharpness=1.2), draft, Budget(2, 2))
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda case: f"{case[0].name}-{case[1].name}")
+def test_the_law_of_the_text_is_the_targets(tmp_path: Path, case: Any) -> None:
+    policy, verifier, budgets = case
+    loop = enumerated(tmp_path, Student, policy, verifier)
+    assert loop.error((3, 0), budgets) < EXACT
+    laws = torch.stack(list(loop.draft.known.values())).exp()
+    assert laws[:, 2].max() == 0.0
+    assert len({tuple(row.tolist()) for row in laws}) > 3  # and it does read the text
+
+
+class Unnormalised(Student):
+    """A MUTANT: the law of the whole head, cut to what it guesses and left at that."""
+
+    def _know(self, law: Any, handles: Sequence[int], logits: torch.Tensor) -> None:
+        super()._know(law, handles, logits)
+        for handle in handles:  # the token that is cut off had 0.4
+            law.known[handle] = law.known[handle] + math.log(0.6)
+
+
+@pytest.mark.parametrize("case", PAIRS[:4], ids=lambda case: f"{case[0].name}-{case[1].name}")
+def test_the_cut_law_must_be_renormalised(
+    tmp_path: Path, case: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, verifier, budgets = case
+    # a builder normalises what it is given, and a tree checks it
+    assert enumerated(tmp_path, Unnormalised, policy, verifier).error((3, 0), budgets) < EXACT
+    monkeypatch.setattr(TreeBuilder, "build", stated_as_it_is)
+    with pytest.raises(TreeError, match="each row of q must sum to 1"):
+        enumerated(tmp_path, Unnormalised, policy, verifier).error((3, 0), budgets)
+    monkeypatch.setattr("specdec.trees.tree._SUM_TOLERANCE", 1.0)
+    assert enumerated(tmp_path, Unnormalised, policy, verifier).error((3, 0), budgets) > 1e-2
 
 
 # ---- what is refused ----

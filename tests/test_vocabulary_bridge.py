@@ -24,12 +24,13 @@ from specdec import SpeculativeGenerator
 from specdec.drafters import SmallModel
 from specdec.drafters.vocabulary_bridge import VocabularyBridge, surfaces
 from specdec.errors import ConfigError, TreeError
-from specdec.testing.toys import Tokens, ToyLoop, ToyTarget
+from specdec.testing.drafters import DrafterDraft
+from specdec.testing.toys import ToyLoop, ToyTarget
 from specdec.trees import BestFirst, Chain, Static
 from specdec.trees.build import TreeBuilder
-from specdec.trees.tree import DraftTree
-from specdec.types import Budget, DraftContext, Draw, LawRows, TargetInfo, TreePolicy, Verifier
+from specdec.types import Budget, Draw, TargetInfo, TreePolicy, Verifier
 from specdec.verifiers import Block, Match, Rejection, Traversal
+from tests.mutants import stated_as_it_is
 
 EXACT = 1e-12
 NEW = 36
@@ -410,48 +411,6 @@ def six_tokens() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-class BridgedDraft:
-    """Stands where `ToyDraft` stands: the production drafter, each of its rows computed once."""
-
-    def __init__(self, drafter: SmallModel) -> None:
-        drafter.attach(TargetInfo(4, tokenizer=four_tokens()))
-        drafter.start(0, [0], None)
-        self._drafter = drafter
-        self.known: dict[tuple[Tokens, Tokens], torch.Tensor] = {}
-
-    def law(self, prefix: Tokens) -> BridgedLaw:
-        return BridgedLaw(self, prefix)
-
-    def row(self, prefix: Tokens, path: Tokens) -> torch.Tensor:
-        """Returns the law at the end of a path of draft nodes, in float64: enumeration is exact."""
-        if (prefix, path) not in self.known:
-            law, handle = self._drafter.law(DraftContext(0, prefix, remaining=9)), 0
-            (rows,) = self._drafter.expand([(law, [0])])
-            for token in path:
-                handle = law.extend(handle, token)
-                (rows,) = self._drafter.expand([(law, [handle])])
-            self.known[prefix, path] = rows.log_probs[0].double()
-        return self.known[prefix, path]
-
-
-class BridgedLaw:
-    """A `DraftLaw`."""
-
-    def __init__(self, draft: BridgedDraft, prefix: Tokens) -> None:
-        self._draft = draft
-        self._prefix = prefix
-        self._paths: list[Tokens] = [()]
-
-    def extend(self, parent: int, token: int) -> int:
-        self._paths.append((*self._paths[parent], token))
-        return len(self._paths) - 1
-
-    def rows(self, handles: Sequence[int]) -> LawRows:
-        return LawRows(
-            torch.stack([self._draft.row(self._prefix, self._paths[h]) for h in handles])
-        )
-
-
 PAIRS: list[tuple[TreePolicy, Verifier, list[Budget]]] = [
     (Chain(Draw.IID), Rejection(), [Budget(2, 2), Budget(1, 1)]),
     (Static([(0,), (1,), (0, 0)], Draw.WOR), Rejection(), [Budget(3, 2), Budget(1, 1)]),
@@ -462,7 +421,7 @@ PAIRS: list[tuple[TreePolicy, Verifier, list[Budget]]] = [
 
 
 def bridged_loop(drafter: SmallModel, policy: TreePolicy, verifier: Verifier) -> Any:
-    draft: Any = BridgedDraft(drafter)
+    draft: Any = DrafterDraft(drafter, TargetInfo(4, tokenizer=four_tokens()), [0])
     return ToyLoop(policy, verifier, ToyTarget(4, 5, sharpness=1.2), draft, Budget(2, 2))
 
 
@@ -490,19 +449,6 @@ class Unnormalised(SmallModel):
         whole = torch.log_softmax(logits.float(), dim=-1)
         for handle, row in zip(handles, self._vocabulary.scores(whole), strict=True):
             law.known[handle] = row
-
-
-def stated_as_it_is(self: TreeBuilder) -> DraftTree:
-    """`TreeBuilder.build` without normalising the laws that nodes were drawn from."""
-    return DraftTree.from_lists(
-        self.tokens,
-        self.parents,
-        self._draws,
-        self._q_row,
-        LawRows(torch.stack(self._log_probs)) if self._log_probs else None,
-        self._chances,
-        self.handles,
-    )
 
 
 @pytest.mark.parametrize("case", PAIRS[:4], ids=lambda case: f"{case[0].name}-{case[1].name}")
