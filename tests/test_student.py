@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from specdec import SpeculativeGenerator
 from specdec.backend.cut import copied_layers
 from specdec.backend.features import decoder_layers
-from specdec.drafters import Student
+from specdec.drafters import Hybrid, Student, Trigram
 from specdec.drafters.vocabulary_bridge import PartialVocabulary
 from specdec.errors import ConfigError, StateError, TreeError, UnsupportedModelError
 from specdec.testing.drafters import DrafterDraft
@@ -165,6 +165,19 @@ def test_what_it_cannot_guess_is_never_drafted(tmp_path: Path) -> None:
         drafted |= set(step.tree.token_list[1:])
     assert drafted
     assert drafted <= set(guessed.tolist())
+
+
+def test_a_hybrid_takes_it_as_a_source(tmp_path: Path) -> None:
+    model = deep()
+    drafter = Hybrid([Student(weights(tmp_path, model, (0, 1, 2))), Trigram()])
+    generator = SpeculativeGenerator(model, drafter=drafter, policy="chain", node_budget=4)
+    given: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": tiny.PAD}
+    plain = SpeculativeGenerator(model, drafter=None)
+    assert torch.equal(
+        generator.generate(**tiny.padded(ROWS), **given),
+        plain.generate(**tiny.padded(ROWS), **given),
+    )
+    assert generator.stats.block_efficiency > 2
 
 
 def test_logits_of_a_partial_vocabulary_find_their_places() -> None:

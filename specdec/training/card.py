@@ -21,6 +21,7 @@ class CardFacts(NamedTuple):
 
     Attributes:
         kind: the drafter's name.
+        drafter: its class in `specdec.drafters`.
         target: the target's name.
         licence: the target's, which its own text and copies of its weights fall under.
         command: that trained it.
@@ -28,6 +29,7 @@ class CardFacts(NamedTuple):
     """
 
     kind: str
+    drafter: str
     target: str
     licence: str
     command: str

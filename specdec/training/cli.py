@@ -229,7 +229,8 @@ def _train(
     num_texts = len(texts) - held_out
     if num_texts < 1:
         raise ConfigError(f"{corpus.folder} has no text to train on; raise --num-texts")
-    recipe = entry.load().make(model, texts[:num_texts], arguments)
+    # steps of the optimizer drown in bfloat16; --mixed-precision computes in it
+    recipe = entry.load().make(model.float(), texts[:num_texts], arguments)
     prompts = [text.tokens[: text.answer_start].unsqueeze(0) for text in texts[num_texts:]]
     evaluated_on = f"prompts of {held_out} of its own texts that were kept from training"
     if asked:
@@ -255,6 +256,7 @@ def _train(
         folder,
         CardFacts(
             arguments.recipe,
+            entry.drafter,
             name,
             arguments.licence,
             _command(sys.argv),

@@ -42,7 +42,10 @@ class Recipe(Protocol):
     layers: tuple[int, ...]
 
     def module(self) -> torch.nn.Module:
-        """Returns the trainable parameters; what belongs to the target is not registered in it."""
+        """Returns the trainable parameters, float32, on the device where they are trained.
+
+        What belongs to the target is not registered in it.
+        """
         ...
 
     def batches(self, texts: Sequence[OwnText], generator: torch.Generator) -> Iterator[Any]:
@@ -153,9 +156,9 @@ def train(
         StateError: if the run's files are damaged.
         TrainingError: if the loss or its gradient is not finite.
     """
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=settings.mixed_precision
-    )
+    module = recipe.module()
+    device = next(module.parameters()).device
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=settings.mixed_precision)
     if accelerator.num_processes > 1:
         raise ConfigError(
             f"a drafter is trained by one process, got {accelerator.num_processes}: start it "
@@ -164,9 +167,9 @@ def train(
     per_epoch = recipe.num_batches(texts)
     if per_epoch < 1:
         raise ConfigError(f"{len(texts)} texts make no batch for {recipe.kind}: write more text")
-    forked = [] if accelerator.device.type == "cpu" else [accelerator.device]
-    with torch.random.fork_rng(forked, device_type=accelerator.device.type):
-        fit = _Fit(recipe, settings, accelerator)
+    forked = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(forked, device_type=device.type):
+        fit = _Fit(recipe, module, settings, accelerator)
         run = RunFolder(folder / "run")
         steps = run.plan(
             {"kind": recipe.kind, "num_texts": len(texts), **asdict(settings), **(about or {})},
@@ -190,7 +193,9 @@ def train(
                 recipe.save(folder)
                 figures = evaluate(folder)
                 run.log({"step": step, **figures})
-                bar.write(f"step {step}: " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()))
+                if progress:
+                    told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+                    bar.write(f"step {step}: {told}")
             if step % settings.save_every == 0 or step in evaluated or step == steps:
                 run.save(step, fit.module, fit.optimizer)
         bar.close()
@@ -201,11 +206,17 @@ def train(
 class _Fit:
     """The module and its optimizer."""
 
-    def __init__(self, recipe: Recipe, settings: TrainSettings, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        module: torch.nn.Module,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+    ) -> None:
         self.recipe = recipe
         self._settings = settings
         self._accelerator = accelerator
-        self.module = recipe.module().to(accelerator.device).train()
+        self.module = module.train()
         self._trained = [p for p in self.module.parameters() if p.requires_grad]
         self.new_optimizer()
 
@@ -238,7 +249,7 @@ class _Fit:
         rate = self._rate(step, steps) if learning_rate is None else learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = send_to_device(batch, self._accelerator.device)
+        batch = send_to_device(batch, self._trained[0].device)
         with self._accelerator.autocast():
             loss, figures = self.recipe.loss(batch, (step - 1) / steps)
         value = float(loss.detach())  # sync: a loss that is not finite must not reach the weights
