@@ -1,7 +1,9 @@
 """Drafters: cheap guesses about what the target will write."""
 
+from specdec.drafters.diffusion import Diffusion
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.hybrid import Hybrid
+from specdec.drafters.masked_diffusion import MaskedDiffusion
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.small_model import SmallModel
 from specdec.drafters.student import Student
@@ -10,8 +12,10 @@ from specdec.drafters.token_recycling import TokenRecycling
 from specdec.drafters.trigram import Trigram
 
 __all__ = [
+    "Diffusion",
     "EarlyExit",
     "Hybrid",
+    "MaskedDiffusion",
     "PromptLookup",
     "SmallModel",
     "Student",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.errors import ConfigError, StateError
@@ -52,25 +54,29 @@ class Hybrid(LearningDrafter):
         if not sources or len(set(names)) < len(names):
             raise ConfigError(f"a hybrid needs sources with different names, got {names}")
         self.sources = tuple(sources)
-        wanted = max(source.needs.prompt_top_k for source in sources)
-        self.needs = DrafterNeeds(prompt_top_k=wanted)
+        self.needs = self._united_needs()
         self._weights: np.ndarray
         self._outcomes: np.ndarray
         self._forget()
         self._laws: dict[int, _MixedLaw] = {}
 
     def attach(self, target: TargetInfo) -> None:
-        """Attaches the sources."""
+        """Attaches the sources; some know only now which layers they read."""
         for source in self.sources:
             source.attach(target)
+        self.needs = self._united_needs()
 
     def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
         """Begins a row in every source, with as many guesses a position as it asked for."""
         for source in self.sources:
             count = source.needs.prompt_top_k
             own = None
-            if prompt_rows is not None and count:
-                own = PromptRows(prompt_rows.ids[:, :count], prompt_rows.logits[:, :count])
+            if prompt_rows is not None and (count or source.needs.layers):
+                own = PromptRows(
+                    prompt_rows.ids[:, :count],
+                    prompt_rows.logits[:, :count],
+                    self._features_for(source, prompt_rows.features),
+                )
             source.start(row, prompt, own)
 
     def law(self, context: DraftContext) -> DraftLaw:
@@ -100,7 +106,8 @@ class Hybrid(LearningDrafter):
                 if handles[node] in law.mixtures:
                     self._learn(law.mixtures[handles[node]], token)
         for source in self.sources:
-            source.observe(outcome)
+            own = self._features_for(source, outcome.features)
+            source.observe(replace(outcome, features=own))
 
     def stop(self, row: int) -> None:
         """Ends the row in every source."""
@@ -157,6 +164,21 @@ class Hybrid(LearningDrafter):
         self._outcomes[place] += 1
         rate = max(_SLOWEST_RATE, 1 / (self._outcomes[place] + _PRIOR_OUTCOMES))
         self._weights[place] += rate * (shares / shares.sum() - self._weights[place])
+
+    def _united_needs(self) -> DrafterNeeds:
+        needs = [source.needs for source in self.sources]
+        layers = dict.fromkeys(layer for own in needs for layer in own.layers)
+        return DrafterNeeds(max(own.prompt_top_k for own in needs), tuple(layers))
+
+    def _features_for(self, source: Drafter, features: Tensor | None) -> Tensor | None:
+        """Returns the columns ``[n, F]`` of the layers that a source asked for, in its order."""
+        layers, wanted = self.needs.layers, source.needs.layers
+        if features is None or not wanted:
+            return None
+        if wanted == layers:
+            return features
+        parts = dict(zip(layers, features.chunk(len(layers), dim=-1), strict=True))
+        return torch.cat([parts[layer] for layer in wanted], dim=-1)
 
     @property
     def _learners(self) -> list[LearningDrafter]:

@@ -27,6 +27,13 @@ def _small_model() -> Any:
     )
 
 
+def _masked_diffusion() -> Any:
+    raise ConfigError(
+        "the masked_diffusion drafter needs a model: pass the object "
+        "specdec.drafters.MaskedDiffusion(draft_model) instead of the name"
+    )
+
+
 def _hybrid() -> Any:
     from specdec.drafters import Hybrid, Suffix, Trigram
 
@@ -52,8 +59,10 @@ def _verifier(name: str) -> Callable[[], Any]:
 
 
 DRAFTERS: dict[str, Callable[[], Any]] = {
+    "diffusion": _drafter("Diffusion"),
     "early_exit": _drafter("EarlyExit"),
     "hybrid": _hybrid,
+    "masked_diffusion": _masked_diffusion,
     "prompt_lookup": _drafter("PromptLookup"),
     "small_model": _small_model,
     "student": _drafter("Student"),
