@@ -107,6 +107,6 @@ def _project(rows: Sequence[_Row], project: Project) -> None:
         return
     features = torch.cat(waiting)
     new = project(features, torch.cat(positions).to(features.device))
-    for row, part in zip(rows, new.split(counts, dim=2), strict=True):
+    for row, part in zip(rows, torch.split(new, counts, dim=2), strict=True):
         row.waiting = []
         row.append(part)

@@ -251,6 +251,7 @@ def block_inputs(net: DiffusionNet, parts: TargetParts, anchors: Tensor, given: 
     """
     tokens = torch.cat([anchors.unsqueeze(-1), given], dim=-1)[..., : net.config.block_size]
     embedded = parts.embed(tokens.clamp(min=0))
+    mask: Tensor
     if net.config.mask_token_id is None:
         mask = net.mask_embedding
     else:

@@ -49,7 +49,7 @@ class TargetParts:
         if vocabulary is None:
             vocabulary = torch.arange(size)
         inside = bool(((vocabulary >= 0) & (vocabulary < size)).all())
-        if not inside or len(vocabulary.unique()) < len(vocabulary):
+        if not inside or len(set(vocabulary.tolist())) < len(vocabulary):
             raise ConfigError(
                 f"a draft vocabulary must be ids from 0 to {size - 1}, each once; got "
                 f"{len(vocabulary)} ids from {int(vocabulary.min())} to {int(vocabulary.max())}"

@@ -128,22 +128,30 @@ def toy_target(seed: int) -> ToyTarget:
     return ToyTarget(VOCAB, seed, sharpness=1.2, processors=[repetition_penalty(1.7)])
 
 
+# a chosen chain, drawn ones, a drawn tree, and the tree that shares a depth's law among its nodes
+FEW = {"chain of draws-rejection", "dyspec-traversal", "best_first-match", "marginals-match"}
+
+
 def cases() -> list[object]:
+    """Every policy with every verifier for one form of law, and a few of them for the others."""
     params = []
-    for (name, (policy, budget)), verifier in itertools.product(POLICIES.items(), VERIFIERS):
-        if policy.draws <= verifier.accepts and (verifier.name != "block" or "chain" in name):
-            params.append(pytest.param(policy, budget, verifier, id=f"{name}-{verifier.name}"))
+    pairs = itertools.product(POLICIES.items(), VERIFIERS, FORMS)
+    for (name, (policy, budget)), verifier, form in pairs:
+        fits = policy.draws <= verifier.accepts and (verifier.name != "block" or "chain" in name)
+        pair = f"{name}-{verifier.name}"
+        if fits and (form == "markov" or pair in FEW):
+            params.append(pytest.param(form, policy, budget, verifier, id=f"{pair}-{form}"))
     return params
 
 
-@pytest.mark.parametrize(("policy", "budget", "verifier"), cases())
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "policy", "budget", "verifier"), cases())
 def test_text_follows_the_target(
     form: str, policy: TreePolicy, budget: Budget, verifier: Verifier, model: Any, tmp_path: Path
 ) -> None:
     draft = ProductionDraft(diffusion(tmp_path, model, form))
     loop = ToyLoop(policy, verifier, toy_target(1), draft, budget)
-    assert loop.error(PREFIX, [budget, Budget(1, 1)]) < EXACT
+    # a second step behind every text is for one form: it tests the loop, not the form
+    assert loop.error(PREFIX, [budget, Budget(1, 1)] if form == "markov" else [budget]) < EXACT
 
 
 @pytest.mark.parametrize("order", ["left_to_right", "confident"])
@@ -156,7 +164,7 @@ def test_text_follows_the_target_with_a_model_that_fills_masks(
     drafter.attach(TargetInfo(VOCAB))
     rules, budget = POLICIES[policy]
     loop = ToyLoop(rules, Rejection(), toy_target(2), ProductionDraft(drafter), budget)
-    assert loop.error(PREFIX, [budget, Budget(1, 1)]) < EXACT
+    assert loop.error(PREFIX, [budget]) < EXACT
 
 
 def mask_filler() -> Any:
@@ -224,7 +232,9 @@ def test_tokens_drawn_from_right_to_left_are_no_draws_of_their_steps(
     seed: int, threshold: float, model: Any, tmp_path: Path
 ) -> None:
     """As a multi-step sampler would do it; the very same tokens are lossless as point masses."""
-    drafter = attached(saved(tmp_path, model, seed=seed, block_size=2), model)
+    # where slots stand at the places of their own tokens, the last one is seen by the others
+    folder = saved(tmp_path, model, seed=seed, block_size=3, sample_from_anchor=False)
+    drafter = attached(folder, model)
     draft, budget = ProductionDraft(drafter), Budget(2, 2)
     errors = {
         draw: ToyLoop(
