@@ -3,6 +3,7 @@
 from specdec.drafters.diffusion import Diffusion
 from specdec.drafters.early_exit import EarlyExit
 from specdec.drafters.hybrid import Hybrid
+from specdec.drafters.lexical_unit import LexicalUnit
 from specdec.drafters.masked_diffusion import MaskedDiffusion
 from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.drafters.small_model import SmallModel
@@ -15,6 +16,7 @@ __all__ = [
     "Diffusion",
     "EarlyExit",
     "Hybrid",
+    "LexicalUnit",
     "MaskedDiffusion",
     "PromptLookup",
     "SmallModel",

@@ -61,7 +61,11 @@ class Hybrid(LearningDrafter):
         self._laws: dict[int, _MixedLaw] = {}
 
     def attach(self, target: TargetInfo) -> None:
-        """Attaches the sources; some know only now which layers they read."""
+        """Attaches the sources; some know only now what they read of the target.
+
+        Raises:
+            ConfigError: if several want slots behind the nodes of a pass.
+        """
         for source in self.sources:
             source.attach(target)
         self.needs = self._united_needs()
@@ -71,11 +75,13 @@ class Hybrid(LearningDrafter):
         for source in self.sources:
             count = source.needs.prompt_top_k
             own = None
-            if prompt_rows is not None and (count or source.needs.layers):
-                own = PromptRows(
-                    prompt_rows.ids[:, :count],
-                    prompt_rows.logits[:, :count],
-                    self._features_for(source, prompt_rows.features),
+            wants = source.needs
+            asks = count or wants.layers or wants.probes is not None
+            if prompt_rows is not None and asks:
+                own = prompt_rows._replace(
+                    ids=prompt_rows.ids[:, :count],
+                    logits=prompt_rows.logits[:, :count],
+                    features=self._features_for(source, prompt_rows.features),
                 )
             source.start(row, prompt, own)
 
@@ -168,7 +174,17 @@ class Hybrid(LearningDrafter):
     def _united_needs(self) -> DrafterNeeds:
         needs = [source.needs for source in self.sources]
         layers = dict.fromkeys(layer for own in needs for layer in own.layers)
-        return DrafterNeeds(max(own.prompt_top_k for own in needs), tuple(layers))
+        probing = [source for source in self.sources if source.needs.probes is not None]
+        if len(probing) > 1:
+            raise ConfigError(
+                "one source of a hybrid can have slots behind the nodes of a pass, not "
+                + ", ".join(source.name for source in probing)
+            )
+        return DrafterNeeds(
+            max(own.prompt_top_k for own in needs),
+            tuple(layers),
+            probing[0].needs.probes if probing else None,
+        )
 
     def _features_for(self, source: Drafter, features: Tensor | None) -> Tensor | None:
         """Returns the columns ``[n, F]`` of the layers that a source asked for, in its order."""

@@ -24,14 +24,14 @@ class PartsForCalls:
     automatic: what fits the other. docs/acceptance.md has the measurements behind this.
 
     Args:
-        drafter: None for plain decoding.
+        drafter: attached to its target; None for plain decoding.
         policy: a name, an object or "auto".
         verifier: a name, an object or "auto".
         node_budget: draft nodes a tree, or "auto".
         fixed_nodes: what "auto" means where a tree's size cannot follow the costs: its nodes are
             drawn, or drafting is itself a model's pass.
         cost: of the target's passes; None where trees shall have `fixed_nodes`.
-        max_rows: the most nodes of all trees of a pass together.
+        max_rows: the most rows of a pass, of all trees together.
 
     Raises:
         ConfigError: for an unknown name, or a policy whose draw law the verifier does not accept.
@@ -51,7 +51,10 @@ class PartsForCalls:
         self.drafter = drafter
         self._fixed = FixedBudget(fixed_nodes if isinstance(node_budget, str) else node_budget)
         follows = isinstance(node_budget, str) and cost is not None
-        self._costed = AutoBudget(cost, max_rows=max_rows) if follows and cost else None
+        probes = drafter.needs.num_probes if drafter is not None else 0
+        self._costed: AutoBudget | None = None
+        if follows and cost is not None:
+            self._costed = AutoBudget(cost, max_rows=max_rows, probes=probes)
         self._policy = None if policy == "auto" else build_policy(policy)
         self._verifier = None if verifier == "auto" else build_verifier(verifier)
         # policies learn, so the same objects serve every call

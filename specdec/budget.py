@@ -40,6 +40,10 @@ class NodeBudget(Protocol):
         """Returns how many draft nodes to grow for each row; 0: do not draft."""
         ...
 
+    def drafts_next(self, num_rows: int) -> bool:
+        """Returns whether the next step may draft: whether this pass should prepare a draft."""
+        ...
+
     def cut(
         self, rows: Sequence[int], trees: Sequence[DraftTree], context: float, seconds: float
     ) -> list[DraftTree]:
@@ -77,6 +81,10 @@ class FixedBudget:
         """Returns the number."""
         return self.max_nodes
 
+    def drafts_next(self, num_rows: int) -> bool:
+        """Returns True."""
+        return True
+
     def cut(
         self, rows: Sequence[int], trees: Sequence[DraftTree], context: float, seconds: float
     ) -> list[DraftTree]:
@@ -96,7 +104,8 @@ class AutoBudget:
     The chances that drafter and policy claim for the paths of a tree are counted against what
     became of them, in buckets, with a short memory; a row that does better or worse than the
     buckets say has a factor of its own. The trees of a step are cut to the common width n that
-    maximises (rows + expected accepted nodes) / (draft time + t(rows x (n + 1), context)).
+    maximises (rows + expected accepted nodes) / (draft time + t(rows x (n + 1), context)). Slots
+    behind the nodes (`DrafterNeeds.probes`) are rows of the pass like them.
 
     Cutting the least likely nodes off is lossless for nodes that are point masses or chosen with
     the keyed noise: such a tree may depend on anything but the target's coins. Nodes drawn from a
@@ -112,8 +121,9 @@ class AutoBudget:
     Args:
         cost: seconds of a pass.
         max_nodes: the largest tree.
-        max_rows: the most nodes of all trees of a pass together, for the memory of their logits.
+        max_rows: the most rows of a pass, of all trees together, for the memory of their logits.
         draft_seconds: what drafting a step costs; None to go by the clock.
+        probes: slots behind every node.
     """
 
     def __init__(
@@ -122,11 +132,13 @@ class AutoBudget:
         max_nodes: int = 32,
         max_rows: int = 1024,
         draft_seconds: float | None = None,
+        probes: int = 0,
     ) -> None:
         self.setting: int | str = "auto"
         self.max_nodes = max_nodes
         self._cost = cost
         self._max_rows = max_rows
+        self._rows_per_node = 1 + probes
         self._fixed_draft_seconds = draft_seconds
         self._draft_seconds = draft_seconds or 0.0
         self._hits = np.zeros(len(_EDGES) + 1)
@@ -147,9 +159,12 @@ class AutoBudget:
             self._waiting -= 1
             return 0
         self._exploring = self._steps_without >= _PATIENCE
-        fitting = self._max_rows // max(num_rows, 1) - 1
         grown = max(2 * self._last_width, _FEWEST_GROWN)
-        return max(0, min(self.max_nodes, fitting, grown))
+        return max(0, min(self.max_nodes, self._fitting(num_rows), grown))
+
+    def drafts_next(self, num_rows: int) -> bool:
+        """Returns False while it waits to try again, and for more rows than it has room for."""
+        return self._waiting == 0 and self._fitting(num_rows) > 0
 
     def cut(
         self, rows: Sequence[int], trees: Sequence[DraftTree], context: float, seconds: float
@@ -168,10 +183,13 @@ class AutoBudget:
             expected[place, len(gains) + 1 :] = gains[-1] if len(gains) else 0.0
         widths = np.arange(min(widest, self._allowed) + 1)
         emitted = len(trees) + expected[:, widths].sum(axis=0)
-        passes = self._cost.of(len(trees) * (widths + 1), context)
+        passes = self._cost.of(len(trees) * (widths + 1) * self._rows_per_node, context)
         rates = emitted / (self._draft_seconds + passes)
         width = int(np.argmax(rates))
-        self._decide(float(len(trees) / passes[0]), float(rates[width]), width, passes)
+        plain = float(self._cost.of(np.array(len(trees)), context))
+        # what a try costs that brings nothing: its pass, and the slots of the one before it
+        loss = self._draft_seconds + float(passes[min(1, len(passes) - 1)] + passes[0]) - 2 * plain
+        self._decide(plain, loss, pays=width > 0 and float(rates[width]) > len(trees) / plain)
         width = max(width, 1) if self._exploring else width
         self._last_width = max(width, 1)
         return [
@@ -225,15 +243,23 @@ class AutoBudget:
             bound = 4 * self._draft_seconds if self._draft_seconds else math.inf
             self._draft_seconds += 0.1 * (min(seconds, bound) - self._draft_seconds)
 
-    def _decide(self, plain: float, best: float, width: int, passes: np.ndarray) -> None:
-        """Counts steps in which drafting did not pay, and says how long to leave it out."""
-        if width > 0 and best > plain:
+    def _fitting(self, num_rows: int) -> int:
+        """Returns the most draft nodes a tree for which a pass has room."""
+        return self._max_rows // (max(num_rows, 1) * self._rows_per_node) - 1
+
+    def _decide(self, plain: float, loss: float, *, pays: bool) -> None:
+        """Counts steps in which drafting did not pay, and says how long to leave it out.
+
+        Args:
+            plain: seconds of a step without drafting.
+            loss: seconds of a try that brings nothing.
+            pays: whether drafting pays in this step.
+        """
+        if pays:
             self._steps_without = 0
             return
         self._steps_without += 1
         if self._steps_without < _PATIENCE:
             return
-        one = passes[min(1, len(passes) - 1)]
-        loss = self._draft_seconds + float(one - passes[0])
-        cap = math.ceil(loss / (_EXPLORATION * float(passes[0])))
+        cap = math.ceil(loss / (_EXPLORATION * plain))
         self._waiting = min(2 ** min(self._steps_without - _PATIENCE, 16), cap)

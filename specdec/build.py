@@ -62,6 +62,7 @@ DRAFTERS: dict[str, Callable[[], Any]] = {
     "diffusion": _drafter("Diffusion"),
     "early_exit": _drafter("EarlyExit"),
     "hybrid": _hybrid,
+    "lexical_unit": _drafter("LexicalUnit"),
     "masked_diffusion": _masked_diffusion,
     "prompt_lookup": _drafter("PromptLookup"),
     "small_model": _small_model,

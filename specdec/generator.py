@@ -29,7 +29,7 @@ from specdec.row_text import Step
 from specdec.rows import RowInput, split_rows
 from specdec.stats import DecodeStats
 from specdec.target import TargetModel
-from specdec.types import Drafter, TargetInfo, TreePolicy, Verifier
+from specdec.types import Drafter, DrafterNeeds, TargetInfo, TreePolicy, Verifier
 
 # where a tree's size cannot follow the costs: many rows are dear on a CPU, cheap on a GPU
 _FIXED_NODES = {"cpu": 8}
@@ -97,6 +97,7 @@ class SpeculativeGenerator:
         self.stats: DecodeStats | None = None
         self._backend = probed(model, packed_weights)
         built = build_drafter(drafter)
+        self._attach(built)
         budget = _node_budget(node_budget)
         follows = budget == "auto" and built is not None and not built.honest
         kind, vocab_size = self._backend.device.type, self._backend.traits.vocab_size
@@ -109,7 +110,6 @@ class SpeculativeGenerator:
             cost=_cost(self._backend, calibration) if follows else None,
             max_rows=_LOGITS_BYTES // (vocab_size * self.model.dtype.itemsize),
         )
-        self._attach(self._parts.drafter)
         self._running = threading.Lock()
 
     @property
@@ -338,9 +338,12 @@ class _Session:
         longest, limit = max(lengths), backend.traits.positions
         if limit is not None:
             limit = limit.for_prompts(lengths, [item.offset for item in self.inputs])
-        budget = self.parts.budget.max_nodes if self.parts.drafter is not None else 0
+        drafter = self.parts.drafter
+        nodes = 1 + (self.parts.budget.max_nodes if drafter is not None else 0)
+        needs = drafter.needs if drafter is not None else DrafterNeeds()
         new_tokens = min(_new_tokens(self.call), _INITIAL_ROOM)
-        cache = backend.new_cache(len(self.inputs), longest + new_tokens + budget + 1)
+        pass_rows = nodes * (1 + needs.num_probes)
+        cache = backend.new_cache(len(self.inputs), longest + new_tokens + pass_rows)
         if past_length(self.call):
             import_cache(cache, self.call.past, [item.past_columns for item in self.inputs])
         self.stats = DecodeStats(len(self.inputs), _settings(self.parts))
@@ -349,7 +352,7 @@ class _Session:
             self.inputs,
             [row_streams(seed, row) for seed, row in self._keys],
             self.parts,
-            TargetModel(backend, cache, self.parts.drafter.needs if self.parts.drafter else None),
+            TargetModel(backend, cache, needs),
             self.stats,
             vocab_size=backend.traits.vocab_size,
             positions=limit,

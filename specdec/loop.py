@@ -190,7 +190,8 @@ class DecodeLoop:
             rows = [row.index for row in active]
             trees = self._parts.budget.cut(rows, trees, context, time.perf_counter() - begin)
         with self._stats.timed("target"):
-            scores = self._target.score(trees)
+            upcoming = self._parts.budget.drafts_next(len(active))
+            scores = self._target.score(trees, probes=upcoming)
             self._stats.target_passes += 1
         try:
             for row, tree, row_logits in zip(active, trees, scores.logits, strict=True):
@@ -293,5 +294,13 @@ class DecodeLoop:
 
 def _outcome(step: Step, scores: Scores, place: int) -> StepOutcome:
     """Returns what drafter, policy and budget learn of a row's step."""
-    features = None if scores.features is None else scores.features[place, : len(step.tree)]
-    return StepOutcome(step.row, step.tree, step.path, step.tokens, scores.logits[place], features)
+    nodes = len(step.tree)
+    return StepOutcome(
+        step.row,
+        step.tree,
+        step.path,
+        step.tokens,
+        scores.logits[place],
+        None if scores.features is None else scores.features[place, :nodes],
+        None if scores.probes is None else scores.probes[place, :nodes],
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from specdec.backend.cache import TreeCache
 from specdec.backend.features import FeatureTap
 from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
+from specdec.backend.pads import PadGroups
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.kernels.tree_mask import ancestor_matrix
 from specdec.trees.tree import DraftTree
@@ -26,10 +27,12 @@ class Scores(NamedTuple):
     Attributes:
         logits: ``[B, N, V]`` of every node, in the model's dtype.
         features: ``[B, N, F]`` of every node, see `DrafterNeeds.layers`; None if not asked for.
+        probes: ``[B, N, g, V]`` logits of the slots behind every node; None if there are none.
     """
 
     logits: Tensor
     features: Tensor | None
+    probes: Tensor | None = None
 
 
 class TargetModel:
@@ -44,7 +47,8 @@ class TargetModel:
         needs: what the drafter wants to see.
 
     Raises:
-        ConfigError: if it wants the features of a layer that the model does not have.
+        ConfigError: if it wants the features of a layer that the model does not have, or slots
+            behind the nodes that are not of the model's width.
     """
 
     def __init__(
@@ -54,6 +58,9 @@ class TargetModel:
         self.cache = cache
         self._prompt_top_k = needs.prompt_top_k if needs else 0
         self._tap = FeatureTap(backend.model, needs.layers) if needs and needs.layers else None
+        self._pads: PadGroups | None = None
+        if needs is not None and needs.probes is not None:
+            self._pads = PadGroups(backend.model, needs.probes, backend.traits.positions)
 
     @property
     def lengths(self) -> list[int]:
@@ -90,7 +97,7 @@ class TargetModel:
             ends = [len(prompt) - 1 - begin for prompt in prompts]
             wanted = sorted({e for e in ends if 0 <= e < size} or {0})
             keep = None if top_k else torch.tensor(wanted)
-            logits, features = self._pass(token_matrix(pieces, size), positions, ancestors, keep)
+            logits, features, _ = self._pass(token_matrix(pieces, size), positions, ancestors, keep)
             for row, piece in enumerate(pieces):
                 if 0 <= ends[row] < size:
                     index = ends[row] if top_k else wanted.index(ends[row])
@@ -100,12 +107,21 @@ class TargetModel:
                     seen[row].append(_prompt_rows(logits[row, : len(piece)], top_k, own))
             self.cache.advance([len(piece) for piece in pieces])
             fresh = fresh and min(map(len, prompts)) >= end
-        return last, [_joined(chunks) if chunks else None for chunks in seen]
+        rows = [_joined(chunks) if chunks else None for chunks in seen]
+        if self._pads is not None:
+            nothing = PromptRows(torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0))
+            probes = self._behind_the_prompts(self._pads)
+            rows = [(r or nothing)._replace(probes=p) for r, p in zip(rows, probes, strict=True)]
+        return last, rows
 
-    def score(self, trees: Sequence[DraftTree]) -> Scores:
+    def score(self, trees: Sequence[DraftTree], *, probes: bool = True) -> Scores:
         """Returns the logits and features of one tree for each active row, from one pass.
 
         Trees smaller than the largest are padded; rows past a tree's end mean nothing.
+
+        Args:
+            trees: one for each active row.
+            probes: whether to run the slots behind the nodes, where the drafter asked for them.
         """
         self.cache.drop_pending()  # of a drafter that shares this cache
         width = max(map(len, trees))
@@ -113,11 +129,17 @@ class TargetModel:
         depths = token_matrix([tree.depth_list for tree in trees], width)
         positions = torch.tensor(self.cache.lengths).unsqueeze(1) + depths
         # one new token behind prefixes of equal length is plain decoding, and goes its way
-        plain = width == 1 and min(self.cache.lengths) == max(self.cache.lengths)
-        ancestors = None
-        if not plain:
-            ancestors = torch.stack([ancestor_matrix(tree.parent_list, width) for tree in trees])
-        return self._pass(tokens, positions, ancestors)
+        pads = self._pads if probes else None
+        even = min(self.cache.lengths) == max(self.cache.lengths)
+        if width == 1 and even and pads is None:
+            return self._pass(tokens, positions, None)
+        ancestors = torch.stack([ancestor_matrix(tree.parent_list, width) for tree in trees])
+        if pads is None:
+            return self._pass(tokens, positions, ancestors)
+        rows = pads.joined(tokens, positions, ancestors)
+        logits, features, _ = self._pass(*rows, pads=width)
+        real, behind = pads.split(logits, width)
+        return Scores(real, None if features is None else features[:, :width], behind)
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps each row's root and accepted nodes; everything else of the last pass is gone."""
@@ -141,15 +163,35 @@ class TargetModel:
         )
         self.cache.advance([int(token is not None) for token in last_tokens])
 
+    def _behind_the_prompts(self, pads: PadGroups) -> Tensor:
+        """Returns ``[B, g, V]`` logits of the slots behind what is committed: a pass of its own.
+
+        A prompt's pass may go the model's own way, with its own masks; the slots would not.
+        """
+        ends = torch.tensor(self.cache.lengths).unsqueeze(1) - 1
+        seen = torch.zeros(len(ends), 1, 0, dtype=torch.bool)
+        positions, ancestors = pads.behind(ends, seen)
+        logits = self._pass(torch.zeros_like(positions), positions, ancestors, pads=1).logits
+        self.cache.drop_pending()
+        return logits
+
     def _pass(
         self,
         tokens: Tensor,
         positions: Tensor,
         ancestors: Tensor | None,
         keep: Tensor | None = None,
+        pads: int = 0,
     ) -> Scores:
-        """Runs one pass, see `TreeModel.forward`, and reads the features that are wanted."""
-        with self._tap.reading() if self._tap else nullcontext():
+        """Runs one pass, see `TreeModel.forward`, and reads the features that are wanted.
+
+        The last rows of it are `pads` groups of slots.
+        """
+        with ExitStack() as hooks:
+            if self._tap is not None:
+                hooks.enter_context(self._tap.reading())
+            if self._pads is not None and pads:
+                hooks.enter_context(self._pads.entering(pads))
             logits = self._backend.forward(self.cache, tokens, positions, ancestors, keep)
         return Scores(logits, self._tap.take() if self._tap else None)
 

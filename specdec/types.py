@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -101,11 +101,14 @@ class PromptRows(NamedTuple):
         ids: ``[T, k]`` int64, best first; row t holds the guesses for the token after position t.
         logits: ``[T, k]`` float32 raw logits of those ids.
         features: ``[T, F]`` in the model's dtype, see `DrafterNeeds.layers`; None if not asked for.
+        probes: ``[g, V]`` raw logits of the slots behind the last position, see
+            `DrafterNeeds.probes`; None if not asked for.
     """
 
     ids: Tensor
     logits: Tensor
     features: Tensor | None = None
+    probes: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +119,20 @@ class DrafterNeeds:
         prompt_top_k: entries per prompt position handed to `Drafter.start`; 0 for none.
         layers: the target's layers whose outputs it reads, 0 the first, negative from the end; they
             come as features, one behind the other, with the prompt and with every step's nodes.
+        probes: ``[g, D]`` vectors that enter the target's pass in place of token embeddings, as g
+            further rows behind every node of a tree: slot j (from 0) of node v sees what v sees, v,
+            and the slots before it, one position further on each. They are not draft nodes and
+            never become text; no node sees them. None for none. It may be set by `Drafter.attach`.
     """
 
     prompt_top_k: int = 0
     layers: tuple[int, ...] = ()
+    probes: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def num_probes(self) -> int:
+        """Rows of a pass behind every node."""
+        return 0 if self.probes is None else len(self.probes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +202,8 @@ class StepOutcome:
         emitted: the tokens that became text, `next_token` included unless the row stopped before.
         logits: ``[N, V]`` raw target logits of all nodes, accepted or not, in the model's dtype.
         features: ``[N, F]`` of all nodes, see `DrafterNeeds.layers`; None if not asked for.
+        probes: ``[N, g, V]`` raw logits of the slots behind all nodes, see `DrafterNeeds.probes`;
+            None if not asked for, or if the budget says that the next step will not draft.
     """
 
     row: int
@@ -197,6 +212,7 @@ class StepOutcome:
     emitted: Sequence[int]
     logits: Tensor
     features: Tensor | None = None
+    probes: Tensor | None = None
 
 
 class DraftLaw(Protocol):

@@ -116,9 +116,9 @@ class TreeCache:
         self.lengths[:] = [n + count for n, count in zip(self.lengths, counts, strict=True)]
         self.pending = 0
 
-    def drop_pending(self) -> None:
-        """Forgets the nodes that are pending; the next pass overwrites them."""
-        self.pending = 0
+    def drop_pending(self, keep: int = 0) -> None:
+        """Forgets the pending nodes but the first `keep`; the next pass overwrites them."""
+        self.pending = keep
 
     def roll_back(self, lengths: Sequence[int]) -> None:
         """Shortens the active rows to `lengths` and forgets what is pending; copies nothing."""
@@ -182,6 +182,11 @@ class TreeCache:
                     values[place, pool_row, :, :length],
                 )
         return states
+
+    def pending_states(self) -> list[tuple[Tensor, Tensor]]:
+        """Returns keys and values ``[B, H, pending, D]`` of each layer; nothing is committed yet."""
+        states = [(layer.keys, layer.values) for layer in self.layers]
+        return [(k[:, :, : self.pending], v[:, :, : self.pending]) for k, v in states]
 
 
 class _TreeLayer(CacheLayerMixin):
