@@ -184,7 +184,7 @@ class TreeCache:
         return states
 
     def pending_states(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns keys and values ``[B, H, pending, D]`` of each layer; nothing is committed yet."""
+        """Returns each layer's keys and values ``[B, H, pending, D]``; nothing is committed yet."""
         states = [(layer.keys, layer.values) for layer in self.layers]
         return [(k[:, :, : self.pending], v[:, :, : self.pending]) for k, v in states]
 

@@ -16,11 +16,12 @@ from specdec.backend.cache import TreeCache
 from specdec.backend.pads import PadGroups
 from specdec.backend.probe import probed
 from specdec.drafters.checkpoint import save_checkpoint
-from specdec.drafters.lexical_unit import KIND
+from specdec.drafters.lexical_unit import KIND, mean_embedding
 from specdec.errors import ConfigError
 from specdec.training.corpus import OwnText
 
 _INITIAL_NOISE = 0.1  # of the embeddings' own spread: equal slots would stay nearly equal
+_SPREAD_OF = 64  # embeddings that show the spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class LexicalUnitRecipe:
         self._target = target
         self._settings = settings
         self._backend = probed(target, packed_weights=None)
-        self._module = _Slots(_first_vectors(target, settings))
+        self._module = _Slots(_first_vectors(target, settings, self._backend.device))
 
     def module(self) -> torch.nn.Module:
         """Returns the vectors, ``[g, D]``, as the one parameter of a module."""
@@ -310,13 +311,11 @@ def _without_gradients(model: torch.nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _first_vectors(target: Any, settings: UnitSettings) -> Tensor:
+def _first_vectors(target: Any, settings: UnitSettings, device: torch.device) -> Tensor:
     """Returns ``[g, D]`` float32: the mean of the target's embeddings, and a little noise."""
-    table = target.get_input_embeddings()
+    mean = mean_embedding(target, device).float()
     generator = torch.Generator().manual_seed(settings.seed)
-    sample = torch.randperm(table.num_embeddings, generator=generator)[:4096]
-    vectors = table(sample.to(table.weight.device)).float()
-    noise = torch.randn(settings.num_pads, vectors.shape[1], generator=generator)
-    spread = vectors.std(0)
-    first: Tensor = vectors.mean(0) + _INITIAL_NOISE * spread * noise.to(spread.device)
+    noise = torch.randn(settings.num_pads, len(mean), generator=generator).to(device)
+    some = target.get_input_embeddings()(torch.arange(_SPREAD_OF, device=device))
+    first: Tensor = mean + _INITIAL_NOISE * some.float().std() * noise
     return first
