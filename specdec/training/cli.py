@@ -15,8 +15,8 @@ import yaml
 from specdec.backend.features import decoder_layers
 from specdec.backend.fingerprint import fingerprint
 from specdec.cache_dir import default_cache_dir
-from specdec.demo import load_model
 from specdec.errors import ConfigError
+from specdec.pretrained import load_model
 from specdec.prompts import Prompt, encode, read_prompts, spread_over_categories
 from specdec.training.card import CardFacts, write_card
 from specdec.training.corpus import Corpus
