@@ -1,15 +1,16 @@
-"""The command line: `python -m specdec demo|generate|sweep|compare|bench`."""
+"""The command line: `python -m specdec demo|generate|compare|sweep|bench|train`."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 
-from specdec.errors import ConfigError, UnsupportedModelError
+from specdec.errors import ConfigError, TrainingError, UnsupportedModelError
 
 # where a command is hooked in: its module has `add_arguments(parser)`, `run(arguments)` and a
 # docstring that teaches, the help of the command; the line is for the list of all commands
@@ -22,6 +23,7 @@ COMMANDS = {
     "compare": ("specdec.commands.compare", "compare drafters with plain generation: a report"),
     "sweep": ("specdec.commands.sweep", "measure acceptance over a grid, resumable"),
     "bench": ("specdec.commands.bench", "time whole generations over batch sizes and contexts"),
+    "train": ("specdec.training.cli", "train a drafter on text that the model writes itself"),
 }
 
 
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser(next(iter(argv), "")).parse_args(argv)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     arguments.invocation = ["specdec", *argv]  # for the records of measurements
     with one_line_errors(f"specdec {arguments.command}"):
         arguments.run(arguments)
@@ -43,7 +46,7 @@ def one_line_errors(program: str) -> Iterator[None]:
 
     try:
         yield
-    except (ConfigError, UnsupportedModelError, DemoModelError, OSError) as error:
+    except (ConfigError, TrainingError, UnsupportedModelError, DemoModelError, OSError) as error:
         sys.stderr.write(f"{program}: {error}\n")
         raise SystemExit(2) from error
     except KeyboardInterrupt:

@@ -24,10 +24,15 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 
 ROOT = Path(__file__).parents[1]
-_DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md", "scripts/*.py", "specdec/commands/*.py")
+_DOCUMENTS = (
+    *("README.md", "CONTRIBUTING.md", "docs/*.md", "scripts/*.py", "specdec/commands/*.py"),
+    "specdec/training/cli.py",
+)
 _PROGRAM = r"(?:python -m specdec|python scripts/|accelerate launch)"
 _BLOCK = re.compile(rf"^ {{4,}}({_PROGRAM}.*(?:(?<=\\)\n.*)*)", re.MULTILINE)
 _INLINE = re.compile(rf"`({_PROGRAM}[^`\n]* --[^`\n]*)`")
+_FEW_TEXTS = "--model model --texts own --num-texts 6 --answer-tokens 8 --prompt-tokens 8 --quiet"
+_SHORT_RUN = f"{_FEW_TEXTS} --held-out 2 --eval-tokens 2 --vocabulary 64"
 # what makes a command small, by the name of its command or script
 _SMALL = {
     "demo": "--model model --max-new-tokens 4",
@@ -41,6 +46,9 @@ _SMALL = {
     "tabulate_acceptance model": "--model model --max-new-tokens 4 --limit 2 --budgets 4 "
     "--temperatures 0 --pairs best_first/coupled",
     "bench_trees": "--nodes 8 --vocab-size 64 --repeats 1 --policies top_n",
+    "train student": f"{_SHORT_RUN} --epochs 1 --layers 0",
+    "train diffusion": f"{_SHORT_RUN} --minutes 0.001",
+    "train text": _FEW_TEXTS,
     "fit_scaling_law": "",
     "plot_sweep": "",
 }
@@ -55,7 +63,7 @@ def documented() -> list[str]:
             for expression in (_BLOCK, _INLINE):
                 for command in expression.findall(text):
                     found[" ".join(command.replace("\\\n", " ").split())] = None
-    return list(found)
+    return [command for command in found if "--help" not in command]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,6 +82,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f'{{"turns": ["{turn}"], "category": "{turn[0]}"}}\n' for turn in turns]
     (folder / "question.jsonl").write_text("".join(lines))
     (folder / "question.txt").write_text("abcabc")
+    (folder / "run.yaml").write_text("save_every: 7\n")
     (folder / "grid.yaml").write_text("prompts: question.jsonl\ntemperatures: [0, 1]\n")
     rows = [f"{2**i},{3 + i * i % 5},{1.5 + 0.2 * i}\n" for i in range(8)]
     heading = "training_tokens,draft_parameters,block_efficiency\n"
@@ -97,7 +106,7 @@ def test_the_documents_show_every_command() -> None:
     assert shown == set(COMMANDS)
     scripts = {path.name for path in (ROOT / "scripts").glob("*.py")}
     # these are commands under another name
-    scripts -= {"bench_generation.py", "compare_drafters.py"}
+    scripts -= {"bench_generation.py", "compare_drafters.py", "train_drafter.py"}
     assert {name for name in scripts if not any(name in command for command in commands)} == set()
 
 

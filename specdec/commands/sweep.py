@@ -19,7 +19,6 @@ stopped goes on where it was when the same command is run again. `scripts/plot_s
 from __future__ import annotations
 
 import argparse
-import logging
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +77,6 @@ def run(arguments: argparse.Namespace) -> None:
 
     from specdec.bench.sweep import run_sweep
 
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     grid = grid_of(arguments)
     # processes that accelerate launches on a machine without an accelerator split the grid too
     state = PartialState(cpu=not torch.accelerator.is_available())

@@ -1,4 +1,14 @@
-"""The command that trains drafters: has the target write text, trains, measures, writes a card."""
+"""Trains a drafter for a model, on text the model writes itself; no other data is needed.
+
+    python -m specdec train student --epochs 8 --out student
+    python -m specdec train diffusion --model NAME_OR_PATH --minutes 40 --out diffusion
+    python -m specdec train student --config run.yaml
+    python -m specdec train text --num-texts 2048 --texts own_text
+
+A configuration file has the options' names with underscores: `num_texts: 2048`, `layers: [0, 1,
+29]`; options behind `--config` on the command line take their place. A run, and the writing of the
+text, goes on where it was when the same command is run again. docs/training.md has the times.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +42,7 @@ _TEXT_OPTIONS = ("num_texts", "prompt_tokens", "answer_tokens", "greedy_share")
 _TEXT_BATCH = 32
 # what the losses do not depend on, or what a run's settings hold already
 _OUTSIDE = {
-    *("model", "texts", "out", "licence", "recipe", "run", "command", "quiet"),
+    *("model", "texts", "out", "licence", "recipe", "run", "command", "invocation", "quiet"),
     *("eval_prompts", "eval_tokens", "eval_nodes", "default_epochs", *_TEXT_OPTIONS),
     *(field.name for field in fields(TrainSettings)),
 }
@@ -294,5 +304,6 @@ def _evaluation(
 
 def _command(arguments: Sequence[str]) -> str:
     """Returns the command line; folders of this machine are nobody else's business."""
-    parts = [Path(part).name if Path(part).is_absolute() else part for part in arguments[1:]]
-    return shlex.join(["python", "scripts/train_drafter.py", *parts])
+    own = arguments[2:] if arguments[1:2] == ["train"] else arguments[1:]
+    parts = [Path(part).name if Path(part).is_absolute() else part for part in own]
+    return shlex.join(["python", "-m", "specdec", "train", *parts])
