@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from specdec.testing.toys import ToyLoop, ToyTarget
 from specdec.training.cli import add_arguments, default_feature_layers, run
 from specdec.training.corpus import Corpus, OwnText
 from specdec.training.divergence import FORWARD_KL, OBJECTIVES, divergence
+from specdec.training.options import add_settings, settings_of
 from specdec.training.student import StudentRecipe
 from specdec.training.vocabulary import most_written
 from specdec.trees import BestFirst, Chain, Static
@@ -460,7 +462,7 @@ def options(folder: Path, family: str = "llama") -> list[Any]:
         saved(model, family)
     text = ["--texts", folder / f"texts-{family}", "--num-texts", 40, "--answer-tokens", 24]
     train = ["--steps", 60, "--save-every", 7, "--evaluations", 2, "--held-out", 3, "--quiet"]
-    return ["--model", model, *text, *train, "--vocabulary", 64, "--learning-rate", 5e-3]
+    return ["--model", model, *text, *train, "--vocab-size", 64, "--learning-rate", 5e-3]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -562,12 +564,47 @@ def test_options_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         command("student", "--config", tmp_path / "none.yaml")
 
 
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Of every kind that an option can have.
+
+    Attributes:
+        count: how many, over
+            two lines.
+        share: 5 % of it.
+    """
+
+    count: int = 3
+    share: float | None = None
+    name: str = "a"
+    sure: bool = False
+    steps: tuple[int, ...] | None = None
+    seed: int = 0
+
+
+def test_options_of_a_dataclass(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_settings(parser, Settings, taken={"seed"})
+    parser.set_defaults(seed=8)
+    assert settings_of(parser.parse_args([]), Settings) == asdict(Settings(seed=8))
+    words = ["--count", "4", "--share", "0.5", "--name", "b", "--sure", "--steps", "1", "2"]
+    assert settings_of(parser.parse_args(words), Settings) == asdict(
+        Settings(4, 0.5, "b", True, (1, 2), 8)
+    )
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "how many, over two lines." in told
+    assert "5 % of it." in told
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
         (["--layers", 0, 7], r"layers must be 0 to 2, the target's, got \[0, 7\]"),
-        (["--batch-size", 0], "batch_size must be at least 1"),
-        (["--vocabulary", -3], "vocabulary at least 0"),
+        (["--texts-per-batch", 0], "texts_per_batch must be at least 1"),
+        (["--vocab-size", -3], "vocab_size at least 0"),
+        (["--objective", "jsd"], "one of forward_kl, reverse_kl, total_variation, got 'jsd'"),
         (["--steps", 0], "above 0"),
         (["--eval-prompts", "nowhere.jsonl"], "does not exist"),
     ],

@@ -16,11 +16,9 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from specdec.backend.features import decoder_layers
 from specdec.backend.fingerprint import fingerprint
@@ -31,21 +29,16 @@ from specdec.prompts import Prompt, encode, read_prompts, spread_over_categories
 from specdec.training.card import CardFacts, write_card
 from specdec.training.corpus import Corpus
 from specdec.training.evaluation import BlockEfficiency
+from specdec.training.options import ConfigFile, add_settings, settings_of
 from specdec.training.own_text import TextRecipe, write_own_text
 from specdec.training.recipes import RECIPES, Entry
 from specdec.training.trainer import TrainSettings, train
 
 _TEXT = "text"
-_DEFAULT_EPOCHS = 8.0
-_DEFAULTS = TrainSettings(epochs=_DEFAULT_EPOCHS)
+_LENGTHS = ("steps", "epochs", "minutes")
 _TEXT_OPTIONS = ("num_texts", "prompt_tokens", "answer_tokens", "greedy_share")
 _TEXT_BATCH = 32
-# what the losses do not depend on, or what a run's settings hold already
-_OUTSIDE = {
-    *("model", "texts", "out", "licence", "recipe", "run", "command", "invocation", "quiet"),
-    *("eval_prompts", "eval_tokens", "eval_nodes", "default_epochs", *_TEXT_OPTIONS),
-    *(field.name for field in fields(TrainSettings)),
-}
+_TRAINING = {field.name for field in fields(TrainSettings)}  # of every recipe, the seed too
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = commands.add_parser(name, help=entry.help, allow_abbrev=False)
         _add_text_arguments(command)
         _add_training_arguments(command)
-        entry.load().add_arguments(command)
+        add_settings(command.add_argument_group(name), entry.settings_class(), taken=_TRAINING)
+        command.set_defaults(learning_rate=entry.learning_rate)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -71,13 +65,14 @@ def run(arguments: argparse.Namespace) -> None:
         UnsupportedModelError: if the model cannot be trained for.
         TrainingError: if the loss is not finite.
     """
-    settings = None if arguments.recipe == _TEXT else _settings(arguments)
+    entry = RECIPES.get(arguments.recipe)
+    settings = None if entry is None else _settings(arguments, entry)
     asked = _eval_prompts(arguments)  # now, and not after minutes of work
     model, tokenizer = load_model(arguments.model)
     name = Path(model.config.name_or_path).name or type(model).__name__
     corpus = _corpus(arguments, model, tokenizer, name)
-    if settings is not None:
-        _train(arguments, settings, corpus, model, tokenizer, name, asked)
+    if entry is not None and settings is not None:
+        _train(arguments, entry, settings, corpus, model, tokenizer, name, asked)
         return
     texts = list(corpus.texts(layers=()))
     tokens = sum(len(text.tokens) for text in texts)
@@ -93,40 +88,6 @@ def default_feature_layers(num_layers: int) -> list[int]:
     return sorted({min(max(layer, 0), num_layers - 1) for layer in spread})
 
 
-class _ConfigFile(argparse.Action):
-    """Reads options from a YAML file; those behind it on the command line take their place."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        try:
-            options = yaml.safe_load(Path(values).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            parser.error(f"{values} cannot be read: {error}")
-        if not isinstance(options, dict):
-            parser.error(f"{values} should hold names and values, got {type(options).__name__}")
-        known, unknown = parser.parse_known_args(_as_arguments(options), namespace)
-        if unknown:
-            parser.error(f"{values}: unknown options {' '.join(unknown)}")
-        assert known is namespace
-
-
-def _as_arguments(options: dict[str, Any]) -> list[str]:
-    """Returns options of a file as a command line has them."""
-    arguments = []
-    for name, value in options.items():
-        if value is None or value is False:
-            continue
-        arguments.append("--" + str(name).replace("_", "-"))
-        if value is not True:
-            arguments += map(str, value if isinstance(value, list) else [value])
-    return arguments
-
-
 def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME_OR_PATH", help="the target; the demo model when left out"
@@ -134,7 +95,7 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        action=_ConfigFile,
+        action=ConfigFile,
         default=argparse.SUPPRESS,
         help="options, as YAML",
     )
@@ -163,20 +124,12 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--steps", type=int, help="the exact form: the same anywhere")
     length.add_argument("--epochs", type=float)
     length.add_argument("--minutes", type=float, help="as many steps as take that long here")
-    training.add_argument("--learning-rate", type=float, default=_DEFAULTS.learning_rate)
-    training.add_argument("--warm-up", type=float, default=_DEFAULTS.warm_up)
-    training.add_argument("--weight-decay", type=float, default=_DEFAULTS.weight_decay)
-    training.add_argument("--clip", type=float, default=_DEFAULTS.clip)
-    training.add_argument("--seed", type=int, default=_DEFAULTS.seed)
-    training.add_argument("--save-every", type=int, default=_DEFAULTS.save_every)
-    training.add_argument(
-        "--mixed-precision", choices=("no", "bf16"), default=_DEFAULTS.mixed_precision
-    )
+    add_settings(training, TrainSettings, taken=(*_LENGTHS, "evaluations"))
     training.add_argument(
         "--licence", default="see its own card", help="the target's, for the drafter's card"
     )
     evaluation = parser.add_argument_group("evaluation", "block efficiency of a chain, greedy")
-    evaluation.add_argument("--evaluations", type=int, default=_DEFAULTS.evaluations)
+    evaluation.add_argument("--evaluations", type=int, default=4, help="spread over the run")
     evaluation.add_argument(
         "--held-out", type=int, default=16, help="texts kept from training, for their prompts"
     )
@@ -187,10 +140,10 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     evaluation.add_argument("--eval-nodes", type=int, default=6, help="length of the chain")
 
 
-def _settings(arguments: argparse.Namespace) -> TrainSettings:
-    given = {field.name: getattr(arguments, field.name) for field in fields(TrainSettings)}
-    if all(given[name] is None for name in ("steps", "epochs", "minutes")):
-        given["epochs"] = getattr(arguments, "default_epochs", _DEFAULT_EPOCHS)
+def _settings(arguments: argparse.Namespace, entry: Entry) -> TrainSettings:
+    given = settings_of(arguments, TrainSettings)
+    if all(given[name] is None for name in _LENGTHS):
+        given["epochs"] = entry.epochs
     return TrainSettings(**given)
 
 
@@ -225,6 +178,7 @@ def _corpus(arguments: argparse.Namespace, model: Any, tokenizer: Any, name: str
 
 def _train(
     arguments: argparse.Namespace,
+    entry: Entry,
     settings: TrainSettings,
     corpus: Corpus,
     model: Any,
@@ -232,7 +186,6 @@ def _train(
     name: str,
     asked: Sequence[Prompt],
 ) -> None:
-    entry = RECIPES[arguments.recipe]
     folder = arguments.out or default_cache_dir() / "drafters" / f"{arguments.recipe}-{name}"
     texts = list(corpus.texts(layers=()))
     held_out = min(max(arguments.held_out, 0), len(texts) // 4)
@@ -240,7 +193,8 @@ def _train(
     if num_texts < 1:
         raise ConfigError(f"{corpus.folder} has no text to train on; raise --num-texts")
     # steps of the optimizer drown in bfloat16; --mixed-precision computes in it
-    recipe = entry.load().make(model.float(), texts[:num_texts], arguments)
+    own = settings_of(arguments, entry.settings_class())
+    recipe = entry.make()(model.float(), texts[:num_texts], **own)
     prompts = [text.tokens[: text.answer_start].unsqueeze(0) for text in texts[num_texts:]]
     evaluated_on = f"prompts of {held_out} of its own texts that were kept from training"
     if asked:
@@ -248,14 +202,13 @@ def _train(
         evaluated_on = f"{len(prompts)} prompts of {Path(arguments.eval_prompts).name}"
     if recipe.layers:
         texts = list(corpus.texts(layers=recipe.layers))
-    about = {k: v for k, v in vars(arguments).items() if k not in _OUTSIDE}
     run = train(
         recipe,
         texts[:num_texts],
         folder,
         settings,
         about={
-            **about,
+            **own,
             "target": corpus.facts.target,
             "text": {k: v for k, v in corpus.facts.recipe.items() if k != "openings"},
         },
@@ -275,7 +228,7 @@ def _train(
         corpus.facts,
         texts[:num_texts],
         run,
-        {**{f.name: getattr(settings, f.name) for f in fields(settings)}, **about},
+        asdict(settings) | own,
     )
     sys.stdout.write(f"{folder} has the drafter, {card.name} says what it is\n")
 

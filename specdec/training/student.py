@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,51 +24,61 @@ _POOL = 16  # batches whose texts are sorted by length together
 _FORWARD_SHARE = 0.1  # of the run: the other objectives are flat far from the target
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the recipe's own options."""
-    parser.add_argument(
-        "--layers",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="of the target to begin with, 0 the first; the first two and the last when left out",
-    )
-    parser.add_argument("--objective", choices=OBJECTIVES, default=FORWARD_KL)
-    parser.add_argument(
-        "--vocabulary", type=int, default=8192, help="tokens it can guess; 0 for all of them"
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="texts a step")
-    parser.set_defaults(default_epochs=10.0, learning_rate=5e-4)
+@dataclass(frozen=True, slots=True)
+class StudentSettings:
+    """What a student is made of, and what it is taught by.
 
-
-def make(model: Any, texts: Sequence[OwnText], arguments: argparse.Namespace) -> StudentRecipe:
-    """Returns the recipe that the options ask for.
-
-    Args:
-        model: the target; its weights are frozen from here on.
-        texts: its own; what it wrote most is the student's vocabulary.
-        arguments: of `add_arguments`.
+    Attributes:
+        layers: of the target to begin with, 0 the first; None for the first two and the last.
+        objective: forward_kl, reverse_kl or total_variation.
+        vocab_size: tokens it can guess, those that the target writes most; 0 for all of them.
+        texts_per_batch: texts of a step.
 
     Raises:
-        ConfigError: for layers that the target does not have, or an empty batch.
+        ConfigError: for values that make no sense.
     """
+
+    layers: tuple[int, ...] | None = None
+    objective: str = FORWARD_KL
+    vocab_size: int = 8192
+    texts_per_batch: int = 8
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(
+                f"objective is one of {', '.join(OBJECTIVES)}, got {self.objective!r}"
+            )
+        if self.texts_per_batch < 1 or self.vocab_size < 0:
+            raise ConfigError(
+                "texts_per_batch must be at least 1 and vocab_size at least 0, got "
+                f"{self.texts_per_batch} and {self.vocab_size}"
+            )
+
+
+def make(model: Any, texts: Sequence[OwnText], /, **settings: Any) -> StudentRecipe:
+    """Returns the recipe that the settings ask for.
+
+    Args:
+        model: the target. Effects: its weights no longer take gradients.
+        texts: its own; what it wrote most is the student's vocabulary.
+        settings: those of `StudentSettings`.
+
+    Raises:
+        ConfigError: for settings that make no sense, or layers that the target does not have.
+    """
+    chosen = StudentSettings(**settings)
     count = len(decoder_layers(model))
-    layers = arguments.layers or sorted({0, min(1, count - 1), count - 1})
+    layers = chosen.layers or sorted({0, min(1, count - 1), count - 1})
     if any(not 0 <= layer < count for layer in layers):
-        raise ConfigError(f"layers must be 0 to {count - 1}, the target's, got {layers}")
-    if arguments.batch_size < 1 or arguments.vocabulary < 0:
-        raise ConfigError(
-            "batch_size must be at least 1 and vocabulary at least 0, got "
-            f"{arguments.batch_size} and {arguments.vocabulary}"
-        )
+        raise ConfigError(f"layers must be 0 to {count - 1}, the target's, got {list(layers)}")
     size = model.get_output_embeddings().weight.shape[0]
-    reduced = 0 < arguments.vocabulary < size
+    reduced = 0 < chosen.vocab_size < size
     return StudentRecipe(
         model,
         layers,
-        most_written(texts, size, arguments.vocabulary) if reduced else None,
-        objective=arguments.objective,
-        batch_size=arguments.batch_size,
+        most_written(texts, size, chosen.vocab_size) if reduced else None,
+        objective=chosen.objective,
+        batch_size=chosen.texts_per_batch,
     )
 
 
