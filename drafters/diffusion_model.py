@@ -235,9 +235,10 @@ class _Attention(nn.Module):
         to_block = queries @ own_keys.permute(0, 3, 1, 4, 2)
         weights = torch.cat([to_context, to_block], dim=-1).softmax(dim=-1)
         of_context, of_block = torch.split(weights, [keys.shape[1], slots], dim=-1)
-        mixed = (of_context.flatten(2, 3) @ values.transpose(1, 2)).unflatten(2, (blocks, -1))
+        mixed: Tensor = of_context.flatten(2, 3) @ values.transpose(1, 2)
+        mixed = torch.unflatten(mixed, 2, (blocks, -1))
         mixed = mixed + of_block @ own_values.permute(0, 3, 1, 2, 4)
-        mixed = mixed.unflatten(3, (slots, -1)).permute(0, 2, 3, 1, 4, 5)
+        mixed = torch.unflatten(mixed, 3, (slots, -1)).permute(0, 2, 3, 1, 4, 5)
         result: Tensor = self.o_proj(mixed.flatten(3))
         return result
 
