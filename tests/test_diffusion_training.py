@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ from specdec.drafters import Diffusion
 from specdec.errors import ConfigError
 from specdec.training.block_losses import compare_laws
 from specdec.training.corpus import OwnText
-from specdec.training.diffusion import DiffusionRecipe, make
-from specdec.training.diffusion_init import draft_vocabulary, target_layers
+from specdec.training.diffusion import (
+    DiffusionRecipe,
+    DiffusionSettings,
+    add_arguments,
+    make,
+)
+from specdec.training.diffusion_init import target_layers
 from specdec.training.own_text import TextRecipe, write_own_text
 from specdec.trees import Chain
 
@@ -53,6 +59,10 @@ def texts(model: Any, tmp_path_factory: pytest.TempPathFactory) -> list[OwnText]
     return own_texts(model, tmp_path_factory.mktemp("corpus"))
 
 
+def recipe_for(target: Any, texts: list[OwnText], **settings: Any) -> DiffusionRecipe:
+    return DiffusionRecipe(target, texts, DiffusionSettings(**settings))
+
+
 def trained(recipe: DiffusionRecipe, texts: list[OwnText], epochs: int) -> list[float]:
     """Fits the recipe's module; returns the loss of every step."""
     optimizer = torch.optim.AdamW(recipe.module().parameters(), lr=3e-3)
@@ -75,7 +85,7 @@ def test_training_makes_a_drafter_that_guesses_right(family: str, tmp_path: Path
     target = tiny.make_model(family, seed=1, eos_token_id=tiny.EOS)
     texts = [text for text in own_texts(target, tmp_path / "corpus") if text.greedy]
     settings = {**SMALL, "vocab_size": tiny.VOCAB, "anchors_per_token": 1.0, "confidence": True}
-    recipe = make(target, texts, **settings)
+    recipe = recipe_for(target, texts, **settings)
     before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
     trained(recipe, texts, epochs=100)
     _, metrics = recipe.loss(next(recipe.batches(texts, torch.Generator().manual_seed(1))), 1.0)
@@ -101,7 +111,8 @@ def test_training_makes_a_drafter_that_guesses_right(family: str, tmp_path: Path
 
 def test_the_same_seed_gives_the_same_losses(model: Any, texts: list[OwnText]) -> None:
     first, second = (
-        trained(make(model, texts, **SMALL, given_share=0.5), texts, epochs=2) for _ in range(2)
+        trained(recipe_for(model, texts, **SMALL, given_share=0.5), texts, epochs=2)
+        for _ in range(2)
     )
     assert first == second
 
@@ -136,7 +147,7 @@ def test_a_block_learns_nothing_from_the_tokens_it_is_to_guess(
     model: Any, texts: list[OwnText]
 ) -> None:
     """States of a block do not move when the text behind its anchor does, features included."""
-    recipe = make(model, texts, **SMALL)
+    recipe = recipe_for(model, texts, **SMALL)
     batch = next(recipe.batches(texts, torch.Generator().manual_seed(1)))
     last = int(batch.anchors[0, 0])
     one = batch._replace(anchors=batch.anchors.clone().fill_(-1))
@@ -153,7 +164,7 @@ def test_a_block_learns_nothing_from_the_tokens_it_is_to_guess(
 
 
 def test_blocks_of_a_text_do_not_see_each_other(model: Any, texts: list[OwnText]) -> None:
-    recipe = make(model, texts, **SMALL, anchors_per_token=1.0)
+    recipe = recipe_for(model, texts, **SMALL, anchors_per_token=1.0)
     batch = next(recipe.batches(texts, torch.Generator().manual_seed(1)))
     together = recipe._states(batch)[0][:, 3]
     alone = recipe._states(
@@ -163,7 +174,7 @@ def test_blocks_of_a_text_do_not_see_each_other(model: Any, texts: list[OwnText]
 
 
 def test_given_tokens_are_shown_and_not_asked_for(model: Any, texts: list[OwnText]) -> None:
-    recipe = make(model, texts, **SMALL, given_share=1.0)
+    recipe = recipe_for(model, texts, **SMALL, given_share=1.0)
     batch = next(recipe.batches(texts, torch.Generator().manual_seed(1)))
     _, wanted, places = recipe._states(batch)
     inside = (places < batch.lengths.view(-1, 1, 1)) & (batch.anchors >= 0).unsqueeze(-1)
@@ -173,18 +184,6 @@ def test_given_tokens_are_shown_and_not_asked_for(model: Any, texts: list[OwnTex
     assert (wanted.sum(-1) <= 4 - batch.num_given).all()
     assert wanted.any()
     assert (inside & hidden & ~wanted).sum() <= (places == batch.tokens.shape[1] - 1).sum()
-
-
-def test_the_vocabulary_is_what_the_target_says_most(texts: list[OwnText]) -> None:
-    ids = draft_vocabulary(texts, 20, tiny.VOCAB)
-    assert ids is not None
-    mass = torch.zeros(tiny.VOCAB)
-    for text in texts:
-        known = text.top_ids >= 0
-        mass.index_add_(0, text.top_ids[known], text.top_log_probs[known].exp())
-    others = sorted(set(range(tiny.VOCAB)) - set(ids.tolist()))
-    assert mass[ids].min() >= mass[others].max() - 0.5
-    assert draft_vocabulary(texts, tiny.VOCAB, tiny.VOCAB) is None
 
 
 @pytest.mark.parametrize(
@@ -198,7 +197,6 @@ def test_layers_that_are_read(num_layers: int, count: int, layers: tuple[int, ..
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": (0,)}, r"hold 64 features a token; layers \[0\] of this .* have 32"),
         ({"start": "zero"}, "start must be 'target' or 'random'"),
         ({"block_size": 1}, "no diffusion drafter can be trained"),
     ],
@@ -207,4 +205,27 @@ def test_settings_that_make_no_sense(
     settings: dict[str, Any], message: str, model: Any, texts: list[OwnText]
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        make(model, texts, **{**SMALL, **settings})
+        recipe_for(model, texts, **{**SMALL, **settings})
+
+
+def test_texts_with_features_of_other_layers(model: Any, texts: list[OwnText]) -> None:
+    recipe = recipe_for(model, texts, **{**SMALL, "layers": (0,)})
+    with pytest.raises(
+        ConfigError, match=r"hold 64 features a token; layers \[0\] of this .* have 32"
+    ):
+        next(recipe.batches(texts, torch.Generator()))
+
+
+def test_options_of_the_command_line(model: Any, texts: list[OwnText]) -> None:
+    """The texts come without features, since the recipe says which it wants."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    arguments = parser.parse_args(["--vocabulary", "40", "--block-size", "5", "--num-layers", "1"])
+    arguments.feature_layers, arguments.seed = None, 3
+    bare = [text._replace(features=torch.empty(len(text.tokens), 0)) for text in texts]
+    recipe = make(model, bare, arguments)
+    assert recipe.layers == (0, 1)
+    assert recipe.module().config.draft_vocab_size == 40
+    assert recipe.module().config.num_predicted == 5
+    loss, _ = recipe.loss(next(recipe.batches(texts, torch.Generator())), 0.5)
+    assert loss.isfinite()

@@ -35,6 +35,7 @@ def compare_laws(logits: Tensor, top_ids: Tensor, top_log_probs: Tensor) -> Comp
             those that cannot be drafted, which count as the rest.
         top_log_probs: ``[n, c]`` of the target.
     """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     named = top_ids >= 0
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
     log_q = logits.gather(-1, top_ids.clamp(min=0)) - normaliser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,13 +21,10 @@ from specdec.drafters.target_parts import TargetParts
 from specdec.errors import ConfigError
 from specdec.training.block_losses import chain_metrics, compare_laws
 from specdec.training.corpus import OwnText
-from specdec.training.diffusion_init import (
-    draft_vocabulary,
-    feature_scale,
-    new_network,
-    target_layers,
-)
+from specdec.training.diffusion_init import feature_scale, new_network, target_layers
+from specdec.training.vocabulary import most_written
 
+_NUM_FEATURES = 3  # layers that are read unless they are named
 _SORTED_BATCHES = 8  # texts of so many batches are sorted by length, so that little is padding
 
 
@@ -35,8 +33,7 @@ class DiffusionSettings:
     """What is built, and how it is trained.
 
     Attributes:
-        layers: of the target to read; None for `num_features` of them by DFlash's formula.
-        num_features: layers to read, where `layers` does not say which.
+        layers: of the target to read; None for a low, a middle and a high one.
         num_layers: of the drafter.
         block_size: slots, the anchor's included, which predicts too; so many tokens are predicted.
         vocab_size: the target's likeliest tokens that can be drafted; fewer if it has fewer.
@@ -54,7 +51,6 @@ class DiffusionSettings:
     """
 
     layers: tuple[int, ...] | None = None
-    num_features: int = 3
     num_layers: int = 2
     block_size: int = 8
     vocab_size: int = 8192
@@ -109,11 +105,12 @@ class DiffusionRecipe:
 
     Args:
         target: the model whose text it is; on the device to train on.
-        texts: its text, for the draft vocabulary and the scale of the features.
+        texts: its text, for the draft vocabulary and the scale of the features; features of theirs
+            are not wanted yet.
         settings: what is built.
 
     Raises:
-        ConfigError: if the settings make no sense or the texts hold too few features.
+        ConfigError: if the settings make no sense.
     """
 
     kind = "diffusion"
@@ -124,18 +121,14 @@ class DiffusionRecipe:
         if settings.block_size < 2 or settings.texts_per_batch < 1 or not texts:
             raise ConfigError(f"no diffusion drafter can be trained with {settings}")
         config = target.config.get_text_config(decoder=True)
-        count = settings.num_features
-        self.layers = settings.layers or target_layers(config.num_hidden_layers, count)
-        width = texts[0].features.shape[1]
-        if width != len(self.layers) * config.hidden_size:
-            raise ConfigError(
-                f"the texts hold {width} features a token; layers {list(self.layers)} of this "
-                f"{type(target).__name__} have {len(self.layers) * config.hidden_size}"
-            )
+        self.layers = settings.layers or target_layers(config.num_hidden_layers, _NUM_FEATURES)
         self.settings = settings
         self._target = target
-        self._vocabulary = draft_vocabulary(texts, settings.vocab_size, config.vocab_size)
-        self._scale = feature_scale(texts).to(target.device)
+        size = target.get_output_embeddings().weight.shape[0]
+        self._vocabulary = None
+        if settings.vocab_size < size:
+            self._vocabulary = most_written(texts, size, settings.vocab_size)
+        self._scale = feature_scale(target, texts, self.layers)
         self._net = new_network(
             target,
             self.layers,
@@ -169,7 +162,17 @@ class DiffusionRecipe:
     def batches(
         self, texts: Sequence[OwnText], generator: torch.Generator
     ) -> Iterator[DiffusionBatch]:
-        """Yields the batches of one epoch: new anchors each time."""
+        """Yields the batches of one epoch: new anchors each time.
+
+        Raises:
+            ConfigError: if the texts hold features of other layers.
+        """
+        width, expected = texts[0].features.shape[1], len(self._scale)
+        if width != expected:
+            raise ConfigError(
+                f"the texts hold {width} features a token; layers {list(self.layers)} of this "
+                f"{type(self._target).__name__} have {expected}"
+            )
         size = self.settings.texts_per_batch
         order = torch.randperm(len(texts), generator=generator).tolist()
         for begin in range(0, len(order), size * _SORTED_BATCHES):
@@ -191,7 +194,6 @@ class DiffusionRecipe:
             if those before it were; `block_efficiency`, tokens a pass of a drawn chain, and
             `greedy_efficiency` of a chain at temperature 0, both on the target's own text.
         """
-        batch = DiffusionBatch(*(part.to(self._parts.vocabulary.device) for part in batch))
         states, wanted, places = self._states(batch)
         rows = torch.arange(len(batch.tokens), device=places.device).view(-1, 1, 1)
         tokens = self._parts.draft_ids[batch.tokens[rows, places]]
@@ -276,6 +278,40 @@ class DiffusionRecipe:
         return text.answer_start + chosen.sort().values
 
 
-def make(target: Any, texts: Sequence[OwnText], **settings: Any) -> DiffusionRecipe:
-    """Returns the recipe for a target and its text; settings as in `DiffusionSettings`."""
-    return DiffusionRecipe(target, texts, DiffusionSettings(**settings))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `make`; the layers to read are those of ``--feature-layers``."""
+    usual = DiffusionSettings()
+    parser.set_defaults(default_epochs=8)
+    add = parser.add_argument
+    add("--num-layers", type=int, default=usual.num_layers, help="of the drafter")
+    add("--block-size", type=int, default=usual.block_size, help="tokens guessed in one pass")
+    add("--vocabulary", type=int, default=usual.vocab_size, help="tokens that can be guessed")
+    add("--markov-rank", type=int, default=usual.markov_rank, help="0 for no such bias")
+    add("--confidence", action="store_true", help="train a head for the chance of acceptance")
+    add("--start", choices=("target", "random"), default=usual.start, help="of the weights")
+    add("--batch-size", type=int, default=usual.texts_per_batch, help="texts a step")
+    add("--anchors-per-token", type=float, default=usual.anchors_per_token, help="blocks, an epoch")
+    add("--given-share", type=float, default=usual.given_share, help="for several denoising steps")
+    add("--decay", type=float, default=usual.decay, help="of the later tokens' weight")
+    add("--cross-entropy", type=float, default=usual.cross_entropy, help="its share of the loss")
+
+
+def make(model: Any, texts: Sequence[OwnText], arguments: argparse.Namespace) -> DiffusionRecipe:
+    """Returns the recipe for a model and its text; the texts may come without features."""
+    layers = arguments.feature_layers
+    settings = DiffusionSettings(
+        layers=None if layers is None else tuple(layers),
+        num_layers=arguments.num_layers,
+        block_size=arguments.block_size,
+        vocab_size=arguments.vocabulary,
+        markov_rank=arguments.markov_rank,
+        confidence=arguments.confidence,
+        start=arguments.start,
+        texts_per_batch=arguments.batch_size,
+        anchors_per_token=arguments.anchors_per_token,
+        given_share=arguments.given_share,
+        decay=arguments.decay,
+        cross_entropy=arguments.cross_entropy,
+        seed=arguments.seed,
+    )
+    return DiffusionRecipe(model, texts, settings)

@@ -1,4 +1,4 @@
-"""What a diffusion drafter begins with: its layers, its vocabulary and its first weights."""
+"""What a diffusion drafter begins with: the layers it reads, and its first weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec.backend.features import decoder_layers
+from specdec.backend.features import FeatureTap, decoder_layers
 from specdec.drafters.diffusion_model import DiffusionConfig, DiffusionNet
 from specdec.drafters.target_parts import logit_conventions
 from specdec.training.corpus import OwnText
@@ -16,6 +16,7 @@ from specdec.training.corpus import OwnText
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 _SPREAD = 0.02  # of weights that start at random
 _SAMPLED_ROWS = 4096
+_SAMPLED_TEXTS = 16
 
 
 def target_layers(num_layers: int, count: int) -> tuple[int, ...]:
@@ -31,37 +32,25 @@ def target_layers(num_layers: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({min(max(layer, 0), num_layers - 1) for layer in chosen}))
 
 
-def draft_vocabulary(texts: Sequence[OwnText], size: int, vocab_size: int) -> Tensor | None:
-    """Returns ``[size]`` ids, ascending, of what the target says most; None if that is all tokens.
-
-    A token counts with its probability wherever a law was kept, so tokens that were likely and did
-    not come count too.
-
-    Args:
-        texts: the target's own.
-        size: wanted.
-        vocab_size: the target's.
-    """
-    if size >= vocab_size:
-        return None
-    mass = torch.zeros(vocab_size, dtype=torch.float64)
-    for text in texts:
-        known = text.top_ids >= 0
-        mass.index_add_(0, text.top_ids[known], text.top_log_probs[known].double().exp())
-        mass.index_add_(0, text.tokens, torch.full(text.tokens.shape, 1e-3, dtype=torch.float64))
-    return torch.sort(mass, descending=True, stable=True).indices[:size].sort().values
-
-
-def feature_scale(texts: Sequence[OwnText]) -> Tensor:
+@torch.no_grad()
+def feature_scale(target: Any, texts: Sequence[OwnText], layers: Sequence[int]) -> Tensor:
     """Returns ``[F]`` float32: times this, features have a mean square of one.
 
     The first token of a text is left out; models keep numbers there that are far out of scale.
+
+    Args:
+        target: it is run on a few of the texts.
+        texts: its own.
+        layers: of it to read.
     """
-    total = torch.zeros(texts[0].features.shape[1])
+    tap = FeatureTap(target, layers)
+    total = torch.zeros((), device=target.device)
     count = 0
-    for text in texts:
-        inner = text.features[1:-1].float()
-        total += inner.square().sum(dim=0)
+    for text in texts[:: max(1, len(texts) // _SAMPLED_TEXTS)]:
+        with tap.reading():
+            target(input_ids=text.tokens.unsqueeze(0).to(target.device), use_cache=False)
+        inner = tap.take()[0, 1:].float()
+        total = total + inner.square().sum(dim=0)
         count += len(inner)
     mean = total / max(count, 1)
     # a feature that hardly moves stays small
