@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from specdec.training.corpus import OwnText
 from specdec.training.diffusion import (
     DiffusionRecipe,
     DiffusionSettings,
-    add_arguments,
     make,
 )
 from specdec.training.diffusion_init import target_layers
@@ -216,14 +214,10 @@ def test_texts_with_features_of_other_layers(model: Any, texts: list[OwnText]) -
         next(recipe.batches(texts, torch.Generator()))
 
 
-def test_options_of_the_command_line(model: Any, texts: list[OwnText]) -> None:
-    """The texts come without features, since the recipe says which it wants."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    arguments = parser.parse_args(["--vocabulary", "40", "--block-size", "5", "--num-layers", "1"])
-    arguments.feature_layers, arguments.seed = None, 3
+def test_made_from_texts_without_features(model: Any, texts: list[OwnText]) -> None:
+    """The recipe says which features it wants before they are read."""
     bare = [text._replace(features=torch.empty(len(text.tokens), 0)) for text in texts]
-    recipe = make(model, bare, arguments)
+    recipe = make(model, bare, vocab_size=40, block_size=5, num_layers=1, seed=3)
     assert recipe.layers == (0, 1)
     assert recipe.module().config.draft_vocab_size == 40
     assert recipe.module().config.num_predicted == 5

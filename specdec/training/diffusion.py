@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -278,40 +277,15 @@ class DiffusionRecipe:
         return text.answer_start + chosen.sort().values
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of `make`; the layers to read are those of ``--feature-layers``."""
-    usual = DiffusionSettings()
-    parser.set_defaults(default_epochs=8)
-    add = parser.add_argument
-    add("--num-layers", type=int, default=usual.num_layers, help="of the drafter")
-    add("--block-size", type=int, default=usual.block_size, help="tokens guessed in one pass")
-    add("--vocabulary", type=int, default=usual.vocab_size, help="tokens that can be guessed")
-    add("--markov-rank", type=int, default=usual.markov_rank, help="0 for no such bias")
-    add("--confidence", action="store_true", help="train a head for the chance of acceptance")
-    add("--start", choices=("target", "random"), default=usual.start, help="of the weights")
-    add("--batch-size", type=int, default=usual.texts_per_batch, help="texts a step")
-    add("--anchors-per-token", type=float, default=usual.anchors_per_token, help="blocks, an epoch")
-    add("--given-share", type=float, default=usual.given_share, help="for several denoising steps")
-    add("--decay", type=float, default=usual.decay, help="of the later tokens' weight")
-    add("--cross-entropy", type=float, default=usual.cross_entropy, help="its share of the loss")
+def make(model: Any, texts: Sequence[OwnText], /, **settings: Any) -> DiffusionRecipe:
+    """Returns the recipe that the settings ask for.
 
+    Args:
+        model: the target.
+        texts: its own, with features or without; for the draft vocabulary.
+        settings: those of `DiffusionSettings`.
 
-def make(model: Any, texts: Sequence[OwnText], arguments: argparse.Namespace) -> DiffusionRecipe:
-    """Returns the recipe for a model and its text; the texts may come without features."""
-    layers = arguments.feature_layers
-    settings = DiffusionSettings(
-        layers=None if layers is None else tuple(layers),
-        num_layers=arguments.num_layers,
-        block_size=arguments.block_size,
-        vocab_size=arguments.vocabulary,
-        markov_rank=arguments.markov_rank,
-        confidence=arguments.confidence,
-        start=arguments.start,
-        texts_per_batch=arguments.batch_size,
-        anchors_per_token=arguments.anchors_per_token,
-        given_share=arguments.given_share,
-        decay=arguments.decay,
-        cross_entropy=arguments.cross_entropy,
-        seed=arguments.seed,
-    )
-    return DiffusionRecipe(model, texts, settings)
+    Raises:
+        ConfigError: for settings that make no sense.
+    """
+    return DiffusionRecipe(model, texts, DiffusionSettings(**settings))

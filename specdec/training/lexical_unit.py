@@ -204,7 +204,7 @@ class LexicalUnitRecipe:
         return logits.view(size, groups, pads.size, logits.shape[-1])
 
 
-def make(target_model: Any, texts: Sequence[OwnText], **settings: Any) -> LexicalUnitRecipe:
+def make(target_model: Any, texts: Sequence[OwnText], /, **settings: Any) -> LexicalUnitRecipe:
     """Returns the recipe for a target; `settings` are those of `UnitSettings`.
 
     Raises:
