@@ -67,7 +67,7 @@ RECIPES = {
             "Student",
             "a few of the target's layers, distilled",
             10,
-            1e-3,
+            2e-3,
         ),
         "diffusion": Entry(
             "specdec.training.diffusion",
