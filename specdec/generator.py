@@ -49,7 +49,7 @@ class SpeculativeGenerator:
         model: a HuggingFace causal language model with attn_implementation "sdpa" or "eager".
         tokenizer: the model's; needed for `stop_strings`, and by a draft model that has another.
         drafter: a name ("token_recycling", "suffix", "early_exit"), an object such as
-            ``specdec.drafters.SmallModel(draft_model)``, "auto" (token_recycling for now), or None
+            ``specdec.drafters.SmallModel(draft_model)``, "auto" (`hybrid`), or None
             for plain decoding through the same loop.
         policy: a name ("best_first", "static", "chain", "dyspec_layered", ...), an object or
             "auto": what suits the drafter and the verifier, see `specdec.auto`.
