@@ -48,7 +48,8 @@ class LexicalUnit(BaseDrafter):
 
     In two passes: the root and its slots are a pass of their own before the tree is grown. Depth 1
     is then the target's true law and slot j answers for depth 2 + j, at the price of a second pass
-    of the whole target for each step. It shows what a unit is worth; it is not the faster form.
+    of the whole target for each step, which counts as drafting: block efficiency says nothing about
+    it. It shows what a unit is worth; it is not the faster form.
 
     Either way the laws are marginals of a depth, whatever path leads there, and known before any
     token is chosen. A unit ends in front of the first depth whose most probable token has less than
