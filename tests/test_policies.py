@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from specdec.errors import ConfigError
+from specdec import build
+from specdec.build import build_policy
+from specdec.errors import ConfigError, LogitsError
 from specdec.random import SeededRandom, row_streams
 from specdec.testing.monte_carlo import chi_square
 from specdec.testing.toys import ToyDraft, ToyLoop, ToyTarget, repetition_penalty
@@ -507,3 +509,49 @@ def test_bad_arguments_say_what_was_expected() -> None:
     loop = loop_over(RsdC([2]), Block(), Budget(2, 1))
     with pytest.raises(ConfigError, match="for chains"):
         loop.step(PREFIX, row_streams(0, 0))
+
+
+# --------------------------------------------------------------------------- laws that are none
+
+
+class _GivenLaw:
+    """The same row at every node."""
+
+    def __init__(self, rows: LawRows) -> None:
+        self._rows = rows
+        self._count = 1
+
+    def extend(self, parent, token):
+        self._count += 1
+        return self._count - 1
+
+    def rows(self, handles):
+        ids = self._rows.ids
+        count = len(handles)
+        return LawRows(
+            self._rows.log_probs.expand(count, -1), None if ids is None else ids.expand(count, -1)
+        )
+
+
+def grown_from(name: str, rows: LawRows, budget: Budget) -> DraftTree:
+    law = _GivenLaw(rows)
+    plan = build_policy(name).grow(law, Root(0, 5), budget, row_streams(0, 0).draft)
+    return grow_trees([(law, plan)], lambda asked: [one.rows(h) for one, h in asked])[0]
+
+
+@pytest.mark.parametrize("name", sorted(build.POLICIES))
+@pytest.mark.parametrize(("value", "message"), [(math.nan, "NaN"), (0.7, "0.7, above 0")])
+def test_a_law_that_is_no_law_is_an_error(name, value, message) -> None:
+    dense = torch.tensor([[-1.0, value, -1.0]])
+    for rows in (LawRows(dense), LawRows(dense, torch.tensor([[0, 1, 2]]))):
+        with pytest.raises(LogitsError, match=f"draft law holds.*{message}"):
+            grown_from(name, rows, Budget(4, 2))
+
+
+@pytest.mark.parametrize("name", sorted(build.POLICIES))
+def test_more_children_are_wanted_than_the_vocabulary_has(name) -> None:
+    rows = LawRows(torch.log_softmax(torch.tensor([[0.5, 0.0]]), dim=-1))
+    tree = grown_from(name, rows, Budget(40, 2))
+    assert 0 < tree.num_drafted <= 40
+    if tree.kinds != {Draw.IID}:  # duplicates stay there
+        assert all(len(children) <= 2 for children in tree.children)
