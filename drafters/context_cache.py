@@ -31,11 +31,19 @@ class ContextCache:
             first: position of the first feature, or of the first that will come.
             features: ``[n, F]``, None if none are known.
         """
-        self._rows[row] = _Row(first, [] if features is None else [features])
+        self._rows[row] = _Row(first)
+        if features is not None:
+            self.note(row, features)
 
     def note(self, row: int, features: Tensor) -> None:
         """Adds ``[n, F]`` features of the tokens that follow; the tensor is kept as it is."""
-        self._rows[row].waiting.append(features)
+        if len(features):
+            self._rows[row].waiting.append(features)
+            self._rows[row].last = features[-1]
+
+    def last(self, rows: Sequence[int]) -> list[Tensor | None]:
+        """Returns the newest feature ``[F]`` of each row, None of a row that has none."""
+        return [self._rows[row].last for row in rows]
 
     def stop(self, row: int) -> None:
         """Forgets a row."""
@@ -76,10 +84,11 @@ class ContextCache:
 class _Row:
     """One row: what was projected, with room behind it, and what waits."""
 
-    def __init__(self, first: int, waiting: list[Tensor]) -> None:
+    def __init__(self, first: int) -> None:
         self.first = first
         self.length = 0
-        self.waiting = waiting
+        self.waiting: list[Tensor] = []
+        self.last: Tensor | None = None
         self.kept = torch.empty(0)
 
     def append(self, new: Tensor) -> None:

@@ -161,6 +161,7 @@ class Diffusion(BlockDrafter):
                 positions[order].to(device),
                 context,
                 own.unsqueeze(1).expand(-1, most, -1),
+                self._last_contexts(rows) if self._net.config.reads_last else None,
             )
         guesses = []
         for law, index in zip(laws, range(len(laws)), strict=True):
@@ -168,6 +169,17 @@ class Diffusion(BlockDrafter):
             place = blocks[row].index(index)
             guesses.append(Guess(logits[row, place], states[row, place]))
         return guesses
+
+    def _last_contexts(self, rows: Sequence[int]) -> Tensor:
+        """Returns ``[R, D]`` contexts of the tokens before the anchors, zeros where not known."""
+        found = dict(enumerate(self._contexts.last(rows)))
+        features = {index: feature for index, feature in found.items() if feature is not None}
+        weight = self._net.fc.weight
+        contexts = weight.new_zeros(len(rows), len(weight))
+        if features:
+            stacked = torch.stack(list(features.values())).to(weight.dtype)
+            contexts[list(features)] = self._net.contexts(stacked)
+        return contexts
 
     def _scores(self, guess: Guess, slots: list[int], previous: list[int]) -> Tensor:
         """Adds the Markov bias, and empties slots that are not sure enough."""
@@ -210,7 +222,13 @@ class _Runner(nn.Module):
         return self.net.keys_values(self.net.contexts(features.to(dtype)), positions)
 
     def run(
-        self, anchors: Tensor, given: Tensor, positions: Tensor, context: Tensor, visible: Tensor
+        self,
+        anchors: Tensor,
+        given: Tensor,
+        positions: Tensor,
+        context: Tensor,
+        visible: Tensor,
+        last: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Returns states ``[R, N, k, D]`` and logits ``[R, N, k, Vd]`` of the predicted tokens.
 
@@ -220,11 +238,14 @@ class _Runner(nn.Module):
             positions: ``[R, N]`` int64 of the anchors.
             context: ``[L, 2, R, T, Hkv, head_dim]``.
             visible: ``[R, N, T]`` bool.
+            last: ``[R, D]`` contexts of the tokens before the anchors, if the network reads them.
         """
+        if last is not None:
+            last = last.unsqueeze(1).expand(-1, anchors.shape[1], -1)
         config = self.net.config
         blocks = block_inputs(self.net, self._parts, anchors, given)
         offsets = torch.arange(config.block_size, device=anchors.device)
-        states = self.net(blocks, positions.unsqueeze(-1) + offsets, context, visible)
+        states = self.net(blocks, positions.unsqueeze(-1) + offsets, context, visible, last)
         states = states[:, :, config.first_slot :]
         return states, self._parts.logits(states)
 
@@ -236,7 +257,8 @@ class _Runner(nn.Module):
         given = torch.full((1, 1, self.net.config.num_predicted), -1)
         anchor = input_ids[:1, :1]
         visible = torch.ones(1, 1, 1, dtype=torch.bool)
-        return self.run(anchor, given, torch.ones_like(anchor), context, visible)[1]
+        last = self.net.contexts(features) if self.net.config.reads_last else None
+        return self.run(anchor, given, torch.ones_like(anchor), context, visible, last)[1]
 
 
 def block_inputs(net: DiffusionNet, parts: TargetParts, anchors: Tensor, given: Tensor) -> Tensor:

@@ -43,8 +43,9 @@ def save_diffusion(
 ) -> None:
     """Writes a network in DFlash's layout, with the target's fingerprint.
 
-    Beside DFlash's tensors there may be `mask_embedding` and the heads, and the draft vocabulary
-    as EAGLE-3 has it: `d2t`, what is to be added to a draft id to get the target's.
+    Beside DFlash's tensors there may be `mask_embedding`, `last_context.weight` and the heads, and
+    the draft vocabulary as EAGLE-3 has it: `d2t`, what is to be added to a draft id to get the
+    target's.
 
     Args:
         folder: made if it is not there.
@@ -176,6 +177,7 @@ def _sizes(
             qk_norm="layers.0.self_attn.q_norm.weight" in tensors,
             markov_rank=0 if markov is None else markov.shape[1],
             confidence="confidence_head.proj.weight" in tensors,
+            reads_last="last_context.weight" in tensors,
             mask_token_id=None if "mask_embedding" in tensors else own["mask_token_id"],
             input_embedding_scale=own.get("input_embedding_scale") or 1.0,
             output_multiplier=own.get("output_multiplier") or 1.0,

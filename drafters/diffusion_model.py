@@ -27,6 +27,7 @@ class DiffusionConfig:
         qk_norm: whether queries and keys are normalised by head.
         markov_rank: of the bias by the previous token; 0 for none.
         confidence: whether there is a head for the chance of acceptance.
+        reads_last: whether the context of the token before the anchor is added to every slot.
         mask_token_id: whose embedding is the mask; None where the mask is a vector of its own.
         input_embedding_scale: times the target's embedding.
         output_multiplier: times the logits.
@@ -48,6 +49,7 @@ class DiffusionConfig:
     qk_norm: bool = False
     markov_rank: int = 0
     confidence: bool = False
+    reads_last: bool = False
     mask_token_id: int | None = None
     input_embedding_scale: float = 1.0
     output_multiplier: float = 1.0
@@ -73,8 +75,10 @@ class DiffusionNet(nn.Module):
 
     Source: DFlash (arXiv 2602.06036), whose tensor names these are; the anchor's own prediction,
     the low-rank bias by the previous token and the confidence head are DSpark's (arXiv 2607.05147).
-    We differ in the mask, which may be a vector of its own, and in the bias, whose table has a row
-    for every token of the draft vocabulary and not of the target's.
+    We differ in the mask, which may be a vector of its own, in the bias, whose table has a row for
+    every token of the draft vocabulary and not of the target's, and in an option: slots begin with
+    the last context too, EAGLE's pair of state and token (arXiv 2401.15077), so that a network that
+    is trained briefly need not first learn to look there.
 
     Args:
         config: sizes.
@@ -88,6 +92,8 @@ class DiffusionNet(nn.Module):
         self.hidden_norm = nn.RMSNorm(width, eps)
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(width, eps)
+        if config.reads_last:
+            self.last_context = nn.Linear(width, width, bias=False)
         if config.mask_token_id is None:
             self.mask_embedding = nn.Parameter(torch.zeros(width))
         if config.markov_rank:
@@ -112,7 +118,12 @@ class DiffusionNet(nn.Module):
         return torch.stack(kept)
 
     def forward(
-        self, blocks: Tensor, positions: Tensor, context: Tensor, visible: Tensor
+        self,
+        blocks: Tensor,
+        positions: Tensor,
+        context: Tensor,
+        visible: Tensor,
+        last: Tensor | None = None,
     ) -> Tensor:
         """Returns ``[R, N, S, D]`` states of the slots, normalised for the head.
 
@@ -121,9 +132,13 @@ class DiffusionNet(nn.Module):
             positions: ``[R, N, S]`` int64.
             context: ``[L, 2, R, T, Hkv, head_dim]`` of `keys_values`.
             visible: ``[R, N, T]`` bool, the contexts that each block sees.
+            last: ``[R, N, D]`` of `contexts`, of the token before each anchor, zeros where it is
+                not known; asked for if `reads_last`.
         """
         rotation = self._rotation(positions, blocks.dtype)
         states = blocks
+        if last is not None:
+            states = states + self.last_context(last).unsqueeze(2)
         for layer, own in zip(self._all, context, strict=True):
             states = layer(states, rotation, own[0], own[1], visible)
         normed: Tensor = self.norm(states)

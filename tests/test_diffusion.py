@@ -75,8 +75,9 @@ def features_of(model: Any, tokens: Sequence[int], layers: Sequence[int]) -> tor
         ({"markov_rank": 4, "vocabulary": HALF, "confidence": True}, {"min_confidence": 0.5}),
         ({"markov_rank": 4}, {"num_steps": 2}),
         ({"vocabulary": HALF}, {"num_steps": 3, "order": "confident"}),
+        ({"reads_last": True}, {}),
     ],
-    ids=["plain", "dflash", "heads", "left_to_right", "confident"],
+    ids=["plain", "dflash", "heads", "left_to_right", "confident", "reads_last"],
 )
 def test_text_is_that_of_plain_decoding(
     family: str, network: dict[str, Any], options: dict[str, Any], tmp_path: Path
@@ -115,16 +116,16 @@ def test_rows_that_end_early_and_a_row_alone(model: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("policy", [BestFirst(), Marginals()], ids=["best_first", "marginals"])
-@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize(("num_steps", "reads_last"), [(1, False), (2, False), (1, True)])
 def test_guesses_in_ragged_batches_are_those_of_the_whole_text_at_once(
-    model: Any, tmp_path: Path, policy: Any, num_steps: int
+    model: Any, tmp_path: Path, policy: Any, num_steps: int, reads_last: bool
 ) -> None:
     """Contexts that were kept, in a batch of uneven rows, against the text read anew."""
     arguments = {**tiny.padded(ROWS), "max_new_tokens": NEW, "do_sample": False}
     texts: Any = SpeculativeGenerator(model, drafter=None).generate(**arguments)
     # among few tokens a random network is right now and then, and paths are committed
     said = texts[:, WIDTH:].unique().tolist()
-    folder = saved(tmp_path, model, vocabulary=said, markov_rank=4)
+    folder = saved(tmp_path, model, vocabulary=said, markov_rank=4, reads_last=reads_last)
     drafter = Noting(folder, num_steps=num_steps)
     generator = SpeculativeGenerator(model, drafter=drafter, policy=policy, node_budget=24)
     generator.generate(**arguments)

@@ -64,7 +64,7 @@ def published(folder: Path, target: Any, **changes: Any) -> Path:
     "overrides",
     [
         {},
-        {"markov_rank": 4, "confidence": True, "vocabulary": [90, 3, 17]},
+        {"markov_rank": 4, "confidence": True, "reads_last": True, "vocabulary": [90, 3, 17]},
         {"mask_token_id": 2, "sample_from_anchor": False, "final_logit_softcapping": 30.0},
     ],
 )

@@ -57,7 +57,7 @@ VERIFIERS: tuple[Verifier, ...] = (Match(), Rejection(), Traversal(), Block())
 FORMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "independent": ({}, {}),
     "behind the anchor": ({"sample_from_anchor": False}, {}),
-    "markov": ({"markov_rank": 4}, {}),
+    "markov": ({"markov_rank": 4, "reads_last": True}, {}),
     "two tokens of three": ({"markov_rank": 4, "vocabulary": [2, 0]}, {}),
     "unsure slots left out": (
         {"markov_rank": 4, "confidence": True},

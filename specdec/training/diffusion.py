@@ -38,6 +38,7 @@ class DiffusionSettings:
         vocab_size: the target's likeliest tokens that can be drafted; fewer if it has fewer.
         markov_rank: of the bias by the previous token; 0 for none.
         confidence: whether to train a confidence head.
+        reads_last: whether slots begin with the context of the token before the anchor too.
         start: "target" begins with the target's last layers where they fit, "random" does not.
         texts_per_batch: texts of a step.
         anchors_per_token: blocks for each token of an answer, an epoch.
@@ -55,6 +56,7 @@ class DiffusionSettings:
     vocab_size: int = 8192
     markov_rank: int = 64
     confidence: bool = False
+    reads_last: bool = True
     start: str = "target"
     texts_per_batch: int = 8
     anchors_per_token: float = 0.25
@@ -137,6 +139,7 @@ class DiffusionRecipe:
             block_size=settings.block_size,
             markov_rank=settings.markov_rank,
             confidence=settings.confidence,
+            reads_last=settings.reads_last,
             from_target=settings.start == "target",
             seed=settings.seed,
         ).to(target.device)
@@ -249,7 +252,12 @@ class DiffusionRecipe:
             net, self._parts, batch.tokens[rows.view(-1, 1), anchors], behind.where(shown, -1)
         )
         slots = torch.arange(sizes.block_size, device=device)
-        states = net(blocks, anchors.unsqueeze(-1) + slots, kept, positions < anchors.unsqueeze(-1))
+        last = None
+        if sizes.reads_last:
+            # a text never begins with an answer, so a token stands before every anchor
+            last = context[rows.view(-1, 1), (anchors - 1).clamp(min=0)]
+        visible = positions < anchors.unsqueeze(-1)
+        states = net(blocks, anchors.unsqueeze(-1) + slots, kept, visible, last)
         return states[:, :, sizes.first_slot :], inside & ~shown, places
 
     def _batch(self, texts: Sequence[OwnText], generator: torch.Generator) -> DiffusionBatch:

@@ -67,6 +67,7 @@ def new_network(
     block_size: int,
     markov_rank: int,
     confidence: bool,
+    reads_last: bool,
     from_target: bool,
     seed: int,
 ) -> DiffusionNet:
@@ -81,6 +82,7 @@ def new_network(
         block_size: slots, the anchor's included.
         markov_rank: of the bias; 0 for none.
         confidence: whether there is a confidence head.
+        reads_last: see `DiffusionConfig`.
         from_target: whether to begin with copies of the target's last layers, and contexts with the
             highest feature, which these layers then read as in the target; as far as names and
             shapes agree.
@@ -107,6 +109,7 @@ def new_network(
         qk_norm=hasattr(getattr(decoder_layers(target)[0], "self_attn", None), "q_norm"),
         markov_rank=markov_rank,
         confidence=confidence,
+        reads_last=reads_last,
         input_embedding_scale=_embedding_scale(target),
         output_multiplier=multiplier,
         final_logit_softcapping=softcap,
