@@ -74,7 +74,7 @@ def chain_metrics(
     }
     whole = wanted.all(dim=-1)  # blocks that the text does not end in
     if bool(whole.any()):
-        metrics["block_efficiency"] = 1.0 + float(chances[whole].cumprod(-1).sum(-1).mean())
+        metrics["expected_efficiency"] = 1.0 + float(chances[whole].cumprod(-1).sum(-1).mean())
     certain = whole & greedy.unsqueeze(-1)
     if bool(certain.any()):
         metrics["greedy_efficiency"] = 1.0 + float(hits[certain].cumprod(-1).sum(-1).mean())

@@ -193,7 +193,7 @@ class DiffusionRecipe:
 
         Returns:
             The loss, and numbers for the log: `accept_k`, the mean chance that token k is accepted
-            if those before it were; `block_efficiency`, tokens a pass of a drawn chain, and
+            if those before it were; `expected_efficiency`, tokens a pass of a drawn chain, and
             `greedy_efficiency` of a chain at temperature 0, both on the target's own text.
         """
         states, wanted, places = self._states(batch)
