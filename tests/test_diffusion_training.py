@@ -187,7 +187,13 @@ def test_given_tokens_are_shown_and_not_asked_for(model: Any, texts: list[OwnTex
 
 @pytest.mark.parametrize(
     ("num_layers", "count", "layers"),
-    [(30, 3, (1, 14, 27)), (30, 1, (15,)), (36, 5, (1, 9, 17, 25, 33)), (2, 3, (0, 1))],
+    [
+        (30, 3, (1, 14, 27)),
+        (36, 5, (1, 9, 17, 25, 33)),
+        (3, 3, (0, 1)),
+        (1, 3, (0,)),
+        (30, 1, (15,)),
+    ],
 )
 def test_layers_that_are_read(num_layers: int, count: int, layers: tuple[int, ...]) -> None:
     assert target_layers(num_layers, count) == layers

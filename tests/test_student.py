@@ -28,7 +28,7 @@ from specdec.drafters.vocabulary_bridge import PartialVocabulary
 from specdec.errors import ConfigError, StateError, TreeError, UnsupportedModelError
 from specdec.testing.drafters import DrafterDraft
 from specdec.testing.toys import ToyLoop, ToyTarget
-from specdec.training.cli import add_arguments, default_feature_layers, run
+from specdec.training.cli import add_arguments, run
 from specdec.training.corpus import Corpus, OwnText
 from specdec.training.divergence import FORWARD_KL, OBJECTIVES, divergence
 from specdec.training.options import add_settings, settings_of
@@ -622,12 +622,6 @@ def test_a_model_whose_layers_are_not_found(tmp_path: Path) -> None:
     del model.model.layers
     with pytest.raises(UnsupportedModelError, match="layers of LlamaForCausalLM are not found"):
         StudentRecipe(model, (0, 1))
-
-
-def test_the_layers_whose_states_are_kept() -> None:
-    assert default_feature_layers(30) == [1, 14, 27]
-    assert default_feature_layers(3) == [0, 1]
-    assert default_feature_layers(1) == [0]
 
 
 def test_forward_kl_leads_the_way() -> None:

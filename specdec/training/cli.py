@@ -28,6 +28,7 @@ from specdec.pretrained import load_model
 from specdec.prompts import Prompt, encode, read_prompts, spread_over_categories
 from specdec.training.card import CardFacts, write_card
 from specdec.training.corpus import Corpus
+from specdec.training.diffusion_init import target_layers
 from specdec.training.evaluation import BlockEfficiency
 from specdec.training.options import ConfigFile, add_settings, settings_of
 from specdec.training.own_text import TextRecipe, write_own_text
@@ -38,6 +39,7 @@ _TEXT = "text"
 _LENGTHS = ("steps", "epochs", "minutes")
 _TEXT_OPTIONS = ("num_texts", "prompt_tokens", "answer_tokens", "greedy_share")
 _TEXT_BATCH = 32
+_FEATURE_LAYERS = 3
 _TRAINING = {field.name for field in fields(TrainSettings)}  # of every recipe, the seed too
 
 
@@ -77,15 +79,6 @@ def run(arguments: argparse.Namespace) -> None:
     texts = list(corpus.texts(layers=()))
     tokens = sum(len(text.tokens) for text in texts)
     sys.stdout.write(f"{corpus.folder} has {len(texts)} texts, {tokens} tokens\n")
-
-
-def default_feature_layers(num_layers: int) -> list[int]:
-    """Returns a low, a middle and a high layer of a target.
-
-    Source: DFlash (arXiv 2602.06036): spread from the second layer to the third from the end.
-    """
-    spread = (round(1 + place * (num_layers - 4) / 2) for place in range(3))
-    return sorted({min(max(layer, 0), num_layers - 1) for layer in spread})
 
 
 def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +157,7 @@ def _corpus(arguments: argparse.Namespace, model: Any, tokenizer: Any, name: str
         given = kept | {"openings": tuple(kept["openings"])} | given
         layers = facts.layers if layers is None else layers
     if layers is None:
-        layers = default_feature_layers(len(decoder_layers(model)))
+        layers = target_layers(len(decoder_layers(model)), _FEATURE_LAYERS)
     return write_own_text(
         model,
         tokenizer,
