@@ -88,7 +88,8 @@ class SeededRandom:
 
     def without_replacement(self, log_weights: Tensor) -> list[Iterator[tuple[int, float]]]:
         """Returns draws by a race of all weights, or by inverse CDF over blocks of a long row."""
-        weights = torch.softmax(log_weights, dim=-1).numpy(force=True)
+        # a row that names no token has no softmax
+        weights = torch.softmax(log_weights, dim=-1).nan_to_num(0.0).numpy(force=True)
         if weights.shape[1] <= _SHORT:
             return _races(weights, self._generator)
         return [_BlockedDraws(row, self._generator) for row in weights]

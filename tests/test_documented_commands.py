@@ -32,7 +32,7 @@ _PROGRAM = r"(?:python -m specdec|python scripts/|accelerate launch)"
 _BLOCK = re.compile(rf"^ {{4,}}({_PROGRAM}.*(?:(?<=\\)\n.*)*)", re.MULTILINE)
 _INLINE = re.compile(rf"`({_PROGRAM}[^`\n]* --[^`\n]*)`")
 _FEW_TEXTS = "--model model --texts own --num-texts 6 --answer-tokens 8 --prompt-tokens 8 --quiet"
-_SHORT_RUN = f"{_FEW_TEXTS} --held-out 2 --eval-tokens 2 --vocabulary 64"
+_SHORT_RUN = f"{_FEW_TEXTS} --held-out 2 --eval-tokens 2 --vocab-size 64"
 # what makes a command small, by the name of its command or script
 _SMALL = {
     "demo": "--model model --max-new-tokens 4",
