@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,8 @@ def test_memory_counts_what_a_method_adds() -> None:
         generator = None
 
         def run(self, inputs: object, **arguments: object) -> None:
-            held.append(bytearray(b"x" * 200_000_000))
+            held.append(bytearray(b"x") * 200_000_000)  # one piece, no copy of it
+            time.sleep(0.5)  # the process is looked at now and then
             held.clear()
 
     inputs = {"input_ids": tiny.ids(tiny.prompt(9))}

@@ -20,6 +20,7 @@ from specdec.bench import figures, files
 from specdec.bench.compare import Comparison, check_folder, compare, save
 from specdec.bench.drafters import drafters_for
 from specdec.bench.generation import BASELINE, LOOKUP, PLAIN, Method, methods_of, time_prompts
+from specdec.bench.tables import wide_console
 from specdec.cli import main
 from specdec.drafters import TokenRecycling
 from specdec.errors import ConfigError
@@ -292,3 +293,9 @@ def test_a_missing_package_is_told_before_any_work(
     with pytest.raises(SystemExit, match="2"):
         main(["compare", "--model", "no/such/folder", "--out", "out"])
     assert f"need {package}: pip install 'specdec-toolkit[bench]'" in capsys.readouterr().err
+
+
+def test_tables_are_whole_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the output is no terminal rich would fold them at 80 columns."""
+    wide_console().print("x" * 120)
+    assert "x" * 120 + "\n" in capsys.readouterr().out

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from rich.console import Console
 from rich.table import Table
 
 from specdec.bench.generation import BASELINE
 from specdec.bench.summary import OVERALL, Summary
+
+_WIDTH = 160  # of a file or a pipe, where rich would fold a table at 80 columns
+
+
+def wide_console() -> Console:
+    """Returns a console of the terminal's width; one wide enough for the tables elsewhere."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH)
 
 
 def overall_table(title: str, summaries: Sequence[Summary], memory: Mapping[str, int]) -> Table:

@@ -53,7 +53,6 @@ def run(arguments: argparse.Namespace) -> None:
     from datetime import UTC, datetime
     from functools import partial
 
-    from rich.console import Console
     from tqdm import tqdm
 
     from specdec.bench.compare import measure_methods
@@ -61,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
     from specdec.bench.figures import require_packages
     from specdec.bench.generation import methods_of
     from specdec.bench.provenance import device_name, git_revision, hardware, versions
-    from specdec.bench.tables import category_table, overall_table
+    from specdec.bench.tables import category_table, overall_table, wide_console
     from specdec.demo import PROMPTS
     from specdec.prompts import encode, read_prompts, spread_over_categories
 
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts = [(prompt.category or "prompts", encode(tokenizer, prompt)[0]) for prompt in prompts]
     pad = pad_token_id(tokenizer)
     calls = decoding_arguments(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
-    console = Console()
+    console = wide_console()
     report: dict[str, Any] = {
         "command": arguments.invocation,
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),

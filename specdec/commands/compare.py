@@ -53,13 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Runs the command."""
-    from rich.console import Console
     from tqdm import tqdm
 
     from specdec.bench.compare import REPORT, check_folder, compare, save
     from specdec.bench.drafters import check_drafter
     from specdec.bench.figures import require_packages
-    from specdec.bench.tables import category_table, overall_table
+    from specdec.bench.tables import category_table, overall_table, wide_console
     from specdec.demo import PROMPTS
     from specdec.prompts import read_prompts, spread_over_categories
 
@@ -83,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         progress=lambda numbers: tqdm(numbers, desc="prompts", unit="prompt"),
     )
     save(comparison, arguments.out)
-    console = Console()
+    console = wide_console()
     measured = comparison.measured
     console.print(overall_table("drafters", measured.summaries, measured.memory))
     if len({summary.category for summary in measured.summaries}) > 2:
