@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import os
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -11,32 +10,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.stopping_criteria import MaxLengthCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.auto import PartsForCalls
-from specdec.backend.exchange import import_cache
 from specdec.backend.model import TreeModel
 from specdec.backend.probe import probed
 from specdec.build import build_drafter
-from specdec.call import Call, past_length, prepare, take_over
+from specdec.call import prepare, take_over
 from specdec.cost import PassCost, pass_cost
 from specdec.errors import BusyError, ConfigError
-from specdec.loop import DecodeLoop, Parts
 from specdec.output import collect
-from specdec.random import draw_seed, row_streams
 from specdec.row_text import Step
-from specdec.rows import RowInput, split_rows
+from specdec.session import Session
 from specdec.stats import DecodeStats
-from specdec.target import TargetModel
-from specdec.types import Drafter, DrafterNeeds, TargetInfo, TreePolicy, Verifier
+from specdec.types import Drafter, TargetInfo, TreePolicy, Verifier
 
 # where a tree's size cannot follow the costs: many rows are dear on a CPU, cheap on a GPU
 _FIXED_NODES = {"cpu": 8}
 _FIXED_NODES_ELSEWHERE = 32
 _LOGITS_BYTES = 1 << 28  # of one pass, that automatic budgets keep to
 _ASSISTANT_TOKENS = 5  # a chain for assistant_model without num_assistant_tokens
-_INITIAL_ROOM = 1024  # new tokens a cache has room for before it grows
 
 
 class SpeculativeGenerator:
@@ -206,7 +199,7 @@ class SpeculativeGenerator:
         call = take_over(
             input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
         )
-        return self._exhaust(_Session(call, self._parts, seed), None)
+        return self._exhaust(Session(call, self._parts, seed), None)
 
     def close(self) -> None:
         """Gives memory back: what the drafter learned, and the packed weights."""
@@ -237,9 +230,9 @@ class SpeculativeGenerator:
 
     def _session(
         self, inputs: Tensor | None, kwargs: dict[str, Any], seed: int | Sequence[int] | None
-    ) -> _Session:
+    ) -> Session:
         parts = self._aliased(kwargs)
-        return _Session(prepare(self.model, self.tokenizer, inputs, kwargs), parts, seed)
+        return Session(prepare(self.model, self.tokenizer, inputs, kwargs), parts, seed)
 
     def _aliased(self, kwargs: dict[str, Any]) -> PartsForCalls:
         """Returns the parts, for one call if transformers' own speculation arguments are given."""
@@ -271,7 +264,7 @@ class SpeculativeGenerator:
     def _busy(self) -> _Busy:
         return _Busy(self._running)
 
-    def _exhaust(self, session: _Session, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
+    def _exhaust(self, session: Session, streamer: Any) -> Tensor | GenerateDecoderOnlyOutput:
         if streamer is not None and len(session.inputs) > 1:
             raise ConfigError(
                 "a streamer takes a batch of one row, as it cannot tell rows apart that advance by "
@@ -290,14 +283,14 @@ class SpeculativeGenerator:
                 streamer.end()
             return collect(session.call, session.inputs, session.loop, self.model.config)
 
-    def _tokens(self, session: _Session) -> Iterator[tuple[int, list[int]]]:
+    def _tokens(self, session: Session) -> Iterator[tuple[int, list[int]]]:
         with self._busy(), closing(self._steps(session)) as all_steps:
             for steps in all_steps:
                 committed = [(step.row, step.tokens) for step in steps]
                 del steps  # their logits need not outlast the next pass
                 yield from committed
 
-    def _steps(self, session: _Session) -> Generator[list[Step], None, None]:
+    def _steps(self, session: Session) -> Generator[list[Step], None, None]:
         """Yields the steps; closed at once when left early, for the drafter's rows end with it."""
         session.open(self._backend)
         self.stats = session.stats
@@ -319,83 +312,6 @@ class _Busy:
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
-
-
-class _Session:
-    """One call between its preparation and its output."""
-
-    def __init__(self, call: Call, parts: PartsForCalls, seed: int | Sequence[int] | None) -> None:
-        self.call = call
-        self.parts = parts.for_call(call, seeded=seed is not None)
-        self.inputs: list[RowInput] = split_rows(call)
-        self._keys = _row_keys(seed, call, len(self.inputs))
-        self.stats: DecodeStats
-        self.loop: DecodeLoop
-
-    def open(self, backend: TreeModel) -> None:
-        """Allocates the cache and makes the loop."""
-        lengths = [item.offset + len(item.tokens) for item in self.inputs]
-        longest, limit = max(lengths), backend.traits.positions
-        if limit is not None:
-            limit = limit.for_prompts(lengths, [item.offset for item in self.inputs])
-        drafter = self.parts.drafter
-        nodes = 1 + (self.parts.budget.max_nodes if drafter is not None else 0)
-        needs = drafter.needs if drafter is not None else DrafterNeeds()
-        new_tokens = min(_new_tokens(self.call), _INITIAL_ROOM)
-        pass_rows = nodes * (1 + needs.num_probes)
-        cache = backend.new_cache(len(self.inputs), longest + new_tokens + pass_rows)
-        if past_length(self.call):
-            import_cache(cache, self.call.past, [item.past_columns for item in self.inputs])
-        self.stats = DecodeStats(len(self.inputs), _settings(self.parts))
-        self.loop = DecodeLoop(
-            self.call,
-            self.inputs,
-            [row_streams(seed, row) for seed, row in self._keys],
-            self.parts,
-            TargetModel(backend, cache, needs),
-            self.stats,
-            vocab_size=backend.traits.vocab_size,
-            positions=limit,
-        )
-
-
-def _new_tokens(call: Call) -> int:
-    lengths = [c.max_length for c in call.criteria if isinstance(c, MaxLengthCriteria)]
-    return min(lengths, default=_INITIAL_ROOM) - call.input_ids.shape[1]
-
-
-def _row_keys(seed: int | Sequence[int] | None, call: Call, num_rows: int) -> list[tuple[int, int]]:
-    """Returns (seed, row number) for each row.
-
-    One seed serves all rows, told apart by their numbers; a row with a seed of its own needs no
-    number, so it writes the same text alone and in any batch.
-    """
-    if seed is None:
-        # greedy decoding leaves torch's generator alone, as `model.generate` does
-        seed = 0 if call.greedy else draw_seed()
-    try:
-        if not isinstance(seed, Sequence):
-            return [(operator.index(seed), row) for row in range(num_rows)]
-        seeds = [operator.index(own) for own in seed]
-    except TypeError as error:
-        raise ConfigError(f"seed must be an int, or one for each row, got {seed!r}") from error
-    samples = call.config.num_return_sequences or 1
-    if len(seeds) == num_rows:
-        return [(own, 0) for own in seeds]
-    if len(seeds) * samples == num_rows:
-        return [(seeds[row // samples], row % samples) for row in range(num_rows)]
-    raise ConfigError(f"seed has {len(seeds)} entries, the call has {num_rows} rows")
-
-
-def _settings(parts: Parts) -> dict[str, Any]:
-    if parts.drafter is None:
-        return {"drafter": None, "verifier": parts.verifier.name}
-    return {
-        "drafter": parts.drafter.name,
-        "policy": parts.policy.name,
-        "verifier": parts.verifier.name,
-        "node_budget": parts.budget.setting,
-    }
 
 
 def _cost(backend: TreeModel, calibration: PassCost | str | os.PathLike[str] | None) -> PassCost:

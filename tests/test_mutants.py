@@ -29,7 +29,8 @@ from specdec.types import (
     Verdict,
     Verifier,
 )
-from specdec.verifiers import Coupled, Match, Rejection
+from specdec.verifiers import Coupled, Match, Rejection, Traversal
+from specdec.verifiers.laws import ResidualLaw
 from specdec.verifiers.walk import follow
 
 EXACT = 1e-12
@@ -147,6 +148,33 @@ def test_law_without_replacement_must_be_normalised_again(
     assert loop.error(PREFIX) < EXACT
     monkeypatch.setattr("specdec.verifiers.laws._zeroed", only_zeroed)
     assert loop.error(PREFIX) > threshold
+
+
+@pytest.mark.parametrize("verifier", [Rejection(), Traversal()], ids=lambda v: v.name)
+def test_named_laws_are_normalised_again_too(
+    verifier: Verifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sparse laws are subtracted token by token, on a path of their own."""
+
+    def only_zeroed(q: dict[int, float], tokens: list[int]) -> dict[int, float]:
+        return {token: weight for token, weight in q.items() if token not in tokens}
+
+    target, draft = ToyTarget(3, 0), ToyDraft(3, 0, sparse=True)
+    loop = ToyLoop(Static(PAIR, Draw.WOR), verifier, target, draft, Budget(2, 1))
+    assert loop.error(PREFIX) < EXACT
+    monkeypatch.setattr("specdec.verifiers.laws._zeroed", only_zeroed)
+    assert loop.error(PREFIX) > 0.01
+
+
+def test_what_is_left_of_the_target_keeps_its_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The residual is kept without being normalised; its sum must follow every rejection."""
+    target, draft = ToyTarget(3, 0), ToyDraft(3, 0, sparse=True)
+    loop = ToyLoop(Static(PAIR, Draw.WOR), Rejection(), target, draft, Budget(2, 1))
+    assert loop.error(PREFIX) < EXACT
+    monkeypatch.setattr(
+        ResidualLaw, "p", lambda self, child: self._weight(self._tree.token_list[child])
+    )
+    assert loop.error(PREFIX) > 0.01
 
 
 # --------------------------------------------------------------------------- mistakes of the target
