@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,12 +135,8 @@ def test_turns_begin_with_the_openings_and_end_as_the_template_says(corpus: Corp
 
 def test_a_seed_is_a_text(tmp_path: Path, corpus: Corpus) -> None:
     assert shards(write(tmp_path / "again").folder) == shards(corpus.folder)
-    other = write(tmp_path / "other", TextRecipe(**{**fields(RECIPE), "seed": 5}))
+    other = write(tmp_path / "other", replace(RECIPE, seed=5))
     assert not shards(other.folder).items() & shards(corpus.folder).items()
-
-
-def fields(recipe: TextRecipe) -> dict[str, Any]:
-    return {name: getattr(recipe, name) for name in TextRecipe.__slots__}
 
 
 # ---- the template ----
@@ -235,6 +232,16 @@ def test_a_whole_corpus_is_not_written_again(
     assert write(corpus.folder).num_shards == 3
 
 
+def test_a_corpus_grows_when_more_is_asked_for(tmp_path: Path, corpus: Corpus) -> None:
+    few = RECIPE.num_texts - BATCH
+    write(tmp_path, replace(RECIPE, num_texts=few))
+    assert len(shards(tmp_path)) == 2
+    for wanted in (RECIPE, replace(RECIPE, num_texts=few)):  # who asks for less has what is there
+        write(tmp_path, wanted)
+        assert shards(tmp_path) == shards(corpus.folder)
+        assert Corpus(tmp_path).facts.recipe["num_texts"] == RECIPE.num_texts
+
+
 @pytest.mark.parametrize("shard", [0, 1])
 def test_a_damaged_shard_is_named_and_can_be_written_again(
     tmp_path: Path, corpus: Corpus, shard: int
@@ -268,7 +275,7 @@ def test_a_damaged_manifest(tmp_path: Path) -> None:
 
 def test_text_made_from_something_else(tmp_path: Path, corpus: Corpus) -> None:
     with pytest.raises(ConfigError, match="holds text made from"):
-        write(corpus.folder, TextRecipe(**{**fields(RECIPE), "prompt_tokens": 10}))
+        write(corpus.folder, replace(RECIPE, prompt_tokens=10))
 
 
 # ---- reading ----

@@ -94,7 +94,8 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress")
     text = parser.add_argument_group(
-        "own text", "text that is there is used as it is, and finished if it was cut off"
+        "own text",
+        "text that is there is used, finished if it was cut off, and added to if more is asked for",
     )
     text.add_argument("--texts", metavar="FOLDER", type=Path, help="in the cache when left out")
     text.add_argument("--num-texts", type=int, help=f"{TextRecipe().num_texts} when left out")

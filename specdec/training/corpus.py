@@ -56,7 +56,8 @@ class CorpusFacts:
         target: `specdec.backend.fingerprint` of the model that wrote it.
         layers: whose outputs the features are, in order.
         top_k: entries of each law that were kept.
-        recipe: how the text was asked for, as `TextRecipe` says it.
+        recipe: how the text was asked for, as `TextRecipe` says it. Its `num_texts` says how much
+            is wanted, not what is in a shard: a corpus that is asked for more grows.
     """
 
     target: str
@@ -81,19 +82,18 @@ class Corpus:
         manifest = self.folder / _MANIFEST
         if manifest.exists():
             self.facts = _read_facts(manifest)
-            if facts is not None and _plain(facts) != _plain(self.facts):
+            if facts is not None and _shard_facts(facts) != _shard_facts(self.facts):
                 raise ConfigError(
                     f"{self.folder} holds text made from {_plain(self.facts)}, not from "
                     f"{_plain(facts)}; take another folder, or the same settings"
                 )
+            if facts is not None and _num_texts(facts) > _num_texts(self.facts):
+                self._write_facts(facts)
         elif facts is None:
             raise ConfigError(f"{self.folder} is no corpus: it has no {_MANIFEST}")
         else:
-            self.facts = facts
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = manifest.with_suffix(f".{os.getpid()}.partial")
-            partial.write_text(json.dumps({"version": _VERSION, **_plain(facts)}, indent=2) + "\n")
-            partial.replace(manifest)
+            self._write_facts(facts)
 
     @property
     def num_shards(self) -> int:
@@ -155,6 +155,13 @@ class Corpus:
                     part["top_log_probs"][begin:end].float(),
                 )
 
+    def _write_facts(self, facts: CorpusFacts) -> None:
+        self.facts = facts
+        manifest = self.folder / _MANIFEST
+        partial = manifest.with_suffix(f".{os.getpid()}.partial")
+        partial.write_text(json.dumps({"version": _VERSION, **_plain(facts)}, indent=2) + "\n")
+        partial.replace(manifest)
+
     def _read(self, shard: int, *, features: bool) -> dict[str, Tensor]:
         path = self._path(shard)
         try:
@@ -192,6 +199,17 @@ def _no_text(top_k: int) -> OwnText:
 def _plain(facts: CorpusFacts) -> dict[str, Any]:
     """Returns the facts as JSON gives them back."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(facts)))
+    return plain
+
+
+def _num_texts(facts: CorpusFacts) -> int:
+    return int(facts.recipe.get("num_texts", 0))
+
+
+def _shard_facts(facts: CorpusFacts) -> dict[str, Any]:
+    """Returns what the content of a shard depends on."""
+    plain = _plain(facts)
+    plain["recipe"].pop("num_texts", None)
     return plain
 
 

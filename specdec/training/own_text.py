@@ -65,7 +65,7 @@ def write_own_text(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Corpus:
-    """Has the model write a corpus, or go on with one that was cut off.
+    """Has the model write a corpus, or go on with one that was cut off or is to grow.
 
     A shard is one batch and depends on the recipe, the batch size and its own number only.
 
