@@ -246,37 +246,40 @@ class _MixedLaw:
         ids, probs = _joined(tops)
         classes = np.stack([_classes(top_probs) for _, top_probs in tops], axis=1)
         weights = self._drafter.weights_for(classes)
-        mixed = np.einsum("ns,snk->nk", weights, probs)
+        mixed = (weights[:, :, None] * probs).sum(axis=1)
         order = np.argsort(-mixed, axis=1, kind="stable")
         for place, handle in enumerate(handles):
             self.mixtures[handle] = _Mixture(
-                ids[place], probs[:, place], weights[place], classes[place]
+                ids[place], probs[place], weights[place], classes[place]
             )
-        with np.errstate(divide="ignore"):
-            logs = np.log(np.take_along_axis(mixed, order, axis=1)).astype(np.float32)
-        sorted_ids = np.take_along_axis(ids, order, axis=1)
-        sorted_ids[np.isneginf(logs)] = -1
-        return LawRows(torch.from_numpy(logs), torch.from_numpy(sorted_ids))
+        each = np.arange(len(handles))[:, None]
+        mixed, ids = mixed[each, order], ids[each, order]
+        named = mixed > 0
+        logs = np.log(mixed, where=named, out=np.full(mixed.shape, -np.inf)).astype(np.float32)
+        return LawRows(torch.from_numpy(logs), torch.from_numpy(np.where(named, ids, -1)))
 
 
 def _top(rows: LawRows) -> tuple[np.ndarray, np.ndarray]:
     """Returns a source's likeliest ids ``[n, k]`` and their chances, likely first."""
     ids, logs = most_probable(rows, _SHORTLIST)
-    return ids.numpy(force=True), np.exp(logs.numpy(force=True).astype(np.float64))
+    return ids, np.exp(logs, dtype=np.float64)
 
 
 def _joined(tops: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids ``[n, k]`` named by any source, once each, and their chances ``[s, n, k]``."""
+    """Returns ids ``[n, k]`` named by any source, once each, and their chances ``[n, s, k]``."""
     ids = np.concatenate([own_ids for own_ids, _ in tops], axis=1)
-    probs = np.zeros((len(tops), *ids.shape))
-    for i, (own_ids, own_probs) in enumerate(tops):
-        same = (ids[:, :, None] == own_ids[:, None, :]) & (own_ids >= 0)[:, None, :]
-        probs[i] = np.einsum("nkj,nj->nk", same, own_probs)
-    # an id that an earlier column has already is left out here
+    count, width = ids.shape
     equal = ids[:, :, None] == ids[:, None, :]
-    repeated = np.tril(equal, -1).any(axis=2) | (ids < 0)
-    probs[:, repeated] = 0.0
-    return np.where(repeated, -1, ids), probs
+    # an id that an earlier column has already is left out here
+    named = (ids >= 0) & (equal.argmax(axis=2) == np.arange(width))
+    probs = np.empty((count, len(tops), width))
+    begin = 0
+    for i, (_, own_probs) in enumerate(tops):
+        end = begin + own_probs.shape[1]
+        np.matmul(equal[:, :, begin:end], own_probs[:, :, None], out=probs[:, i, :, None])
+        begin = end
+    probs *= named[:, None, :]
+    return np.where(named, ids, -1), probs
 
 
 def _classes(probs: np.ndarray) -> np.ndarray:

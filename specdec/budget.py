@@ -61,6 +61,10 @@ class NodeBudget(Protocol):
         """Learns from a finished step of one row."""
         ...
 
+    def learned(self, num_rows: int, seconds: float) -> None:
+        """Notes what it took the drafter to learn from a pass over so many tree nodes."""
+        ...
+
     def stop(self, row: int) -> None:
         """Forgets a row; another text may come under its number."""
         ...
@@ -94,6 +98,9 @@ class FixedBudget:
     def observe(self, outcome: StepOutcome) -> None:
         """Learns nothing."""
 
+    def learned(self, num_rows: int, seconds: float) -> None:
+        """Has no use for it."""
+
     def stop(self, row: int) -> None:
         """Has nothing to forget."""
 
@@ -104,8 +111,9 @@ class AutoBudget:
     The chances that drafter and policy claim for the paths of a tree are counted against what
     became of them, in buckets, with a short memory; a row that does better or worse than the
     buckets say has a factor of its own. The trees of a step are cut to the common width n that
-    maximises (rows + expected accepted nodes) / (draft time + t(rows x (n + 1), context)). Slots
-    behind the nodes (`DrafterNeeds.probes`) are rows of the pass like them.
+    maximises (rows + expected accepted nodes) / (draft time + t(rows x (n + 1), context)), where t
+    is the time of the pass and of what the drafter learns from each node. Slots behind the nodes
+    (`DrafterNeeds.probes`) are rows of the pass like them.
 
     Cutting the least likely nodes off is lossless for nodes that are point masses or chosen with
     the keyed noise: such a tree may depend on anything but the target's coins. Nodes drawn from a
@@ -122,7 +130,8 @@ class AutoBudget:
         cost: seconds of a pass.
         max_nodes: the largest tree.
         max_rows: the most rows of a pass, of all trees together, for the memory of their logits.
-        draft_seconds: what drafting a step costs; None to go by the clock.
+        draft_seconds: what drafting a step costs, learning from it included; None to go by the
+            clock.
         probes: slots behind every node.
     """
 
@@ -141,6 +150,7 @@ class AutoBudget:
         self._rows_per_node = 1 + probes
         self._fixed_draft_seconds = draft_seconds
         self._draft_seconds = draft_seconds or 0.0
+        self._learn_seconds = 0.0  # for each node
         self._hits = np.zeros(len(_EDGES) + 1)
         self._trials = np.zeros(len(_EDGES) + 1)
         bounds = np.concatenate([[0.0], _EDGES, [1.0]])
@@ -173,7 +183,7 @@ class AutoBudget:
         widest = max(tree.num_drafted for tree in trees)
         if widest == 0:
             return list(trees)
-        self._note_draft(seconds)
+        self._draft_seconds = self._followed(self._draft_seconds, seconds)
         chances = [tree.path_chances[1:] for tree in trees]
         orders = [np.argsort(-own, kind="stable") for own in chances]
         expected = np.zeros((len(trees), widest + 1))
@@ -183,10 +193,10 @@ class AutoBudget:
             expected[place, len(gains) + 1 :] = gains[-1] if len(gains) else 0.0
         widths = np.arange(min(widest, self._allowed) + 1)
         emitted = len(trees) + expected[:, widths].sum(axis=0)
-        passes = self._cost.of(len(trees) * (widths + 1) * self._rows_per_node, context)
+        passes = self._step_seconds(len(trees) * (widths + 1), context)
         rates = emitted / (self._draft_seconds + passes)
         width = int(np.argmax(rates))
-        plain = float(self._cost.of(np.array(len(trees)), context))
+        plain = float(self._step_seconds(np.array(len(trees)), context, probes=False))
         # what a try costs that brings nothing: its pass, and the slots of the one before it
         loss = self._draft_seconds + float(passes[min(1, len(passes) - 1)] + passes[0]) - 2 * plain
         self._decide(plain, loss, pays=width > 0 and float(rates[width]) > len(trees) / plain)
@@ -219,6 +229,10 @@ class AutoBudget:
         if accepted and tree.num_drafted >= self._allowed:
             self._allowed = min(2 * self._allowed, self.max_nodes)
 
+    def learned(self, num_rows: int, seconds: float) -> None:
+        """Notes what learning costs for each node."""
+        self._learn_seconds = self._followed(self._learn_seconds, seconds / num_rows)
+
     def stop(self, row: int) -> None:
         """Drops a row's own record; another text may come under its number."""
         self._records.pop(row, None)
@@ -237,11 +251,22 @@ class AutoBudget:
         accepted, expected = self._records.get(row, (0.0, 0.0))
         return (accepted + _ROW_TRIALS) / (expected + _ROW_TRIALS)
 
-    def _note_draft(self, seconds: float) -> None:
-        if self._fixed_draft_seconds is None:
-            # a pause of the machine is not a cost of drafting
-            bound = 4 * self._draft_seconds if self._draft_seconds else math.inf
-            self._draft_seconds += 0.1 * (min(seconds, bound) - self._draft_seconds)
+    def _step_seconds(
+        self, nodes: np.ndarray, context: float, *, probes: bool = True
+    ) -> np.ndarray:
+        """Returns what it takes to score so many nodes, and to learn from them."""
+        rows_per_node = self._rows_per_node if probes else 1
+        seconds: np.ndarray = self._cost.of(nodes * rows_per_node, context)
+        return seconds + self._learn_seconds * nodes
+
+    def _followed(self, known: float, seconds: float) -> float:
+        """Returns a running mean of seconds, moved towards a new measurement."""
+        if self._fixed_draft_seconds is not None:
+            return known
+        if not known:
+            return seconds
+        # a pause of the machine is not a cost of drafting
+        return known + 0.1 * (min(seconds, 4 * known) - known)
 
     def _fitting(self, num_rows: int) -> int:
         """Returns the most draft nodes a tree for which a pass has room."""

@@ -204,11 +204,14 @@ class DecodeLoop:
             self._target.commit([step.path[: len(step.tokens) - 1] for step in steps])
         if self._parts.drafter is not None:
             with self._stats.timed("observe"):
+                begin = time.perf_counter()
                 for place, step in enumerate(steps):
                     outcome = _outcome(step, scores, place)
                     self._parts.drafter.observe(outcome)
                     self._parts.policy.observe(outcome)
                     self._parts.budget.observe(outcome)
+                nodes = sum(len(step.tree) for step in steps)
+                self._parts.budget.learned(nodes, time.perf_counter() - begin)
         self._retire()
 
     def _draft(self, active: list[Row]) -> list[DraftTree]:

@@ -87,6 +87,23 @@ def test_the_width_follows_how_long_the_accepted_runs_are() -> None:
     assert np.mean(short[200:]) < np.mean(long[200:]) < 12
 
 
+@pytest.mark.parametrize("seconds_per_node", [0.0, 1.0])
+def test_what_a_drafter_takes_to_learn_from_its_nodes_counts(seconds_per_node: float) -> None:
+    budget = AutoBudget(CHEAP)
+    widths = []
+    for step in range(120):
+        nodes = budget.most(1)
+        tree = DraftTree.root_only(0)
+        if nodes:
+            (tree,) = budget.cut([0], [chain(nodes, 0.3)], 64, 0.0)
+        path = [1] if tree.num_drafted and step % 4 == 0 else []
+        budget.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
+        budget.learned(len(tree), seconds_per_node * len(tree))
+        widths.append(tree.num_drafted)
+    # one token in four steps pays for a row of a cheap pass, not for a second of learning
+    assert (np.mean(widths[40:]) > 0.9) == (seconds_per_node == 0.0)
+
+
 def test_a_batch_has_one_width_and_the_likeliest_nodes() -> None:
     budget = AutoBudget(CHEAP, draft_seconds=0.0)
     trees = [chain(8, 0.9), chain(8, 0.1)]

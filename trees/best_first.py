@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
 from specdec.trees.build import TreeBuilder
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
-# gives ids and log-values [n, k] of the candidates below the nodes of one level, best first, from
-# the nodes' laws, their handles and the depth of the candidates
-Weigh = Callable[[LawRows, Sequence[int], int], tuple[Tensor, Tensor]]
+Candidates = tuple[np.ndarray, np.ndarray]  # ids [n, k] int64, log-values [n, k] float32
+# gives the candidates below the nodes of one level, best first, from the nodes' laws, their handles
+# and the depth of the candidates
+Weigh = Callable[[LawRows, Sequence[int], int], Candidates]
 
 
 class BestFirst(BasePolicy):
@@ -39,7 +40,7 @@ class BestFirst(BasePolicy):
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
 
-        def weigh(rows: LawRows, _handles: Sequence[int], _depth: int) -> tuple[Tensor, Tensor]:
+        def weigh(rows: LawRows, _handles: Sequence[int], _depth: int) -> Candidates:
             return most_probable(rows, min(self._max_branching, budget.nodes))
 
         return (yield from grow_best_first(law, root, budget, weigh, max_depth=self._max_depth))
@@ -69,7 +70,7 @@ class TopN(BasePolicy):
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
 
-        def weigh(rows: LawRows, _handles: Sequence[int], _depth: int) -> tuple[Tensor, Tensor]:
+        def weigh(rows: LawRows, _handles: Sequence[int], _depth: int) -> Candidates:
             return most_probable(rows, self._width)
 
         return (
@@ -79,12 +80,15 @@ class TopN(BasePolicy):
         )
 
 
-def most_probable(rows: LawRows, count: int) -> tuple[Tensor, Tensor]:
+def most_probable(rows: LawRows, count: int) -> Candidates:
     """Returns ids and log-probabilities ``[n, <= count]`` of each row's likeliest tokens."""
     if rows.ids is not None:
-        return rows.ids[:, :count], rows.log_probs[:, :count]
-    top = torch.topk(rows.log_probs, min(count, rows.log_probs.shape[1]))
-    return top.indices, top.values
+        ids, log_probs = rows.ids[:, :count], rows.log_probs[:, :count]
+    else:
+        log_probs, ids = torch.topk(rows.log_probs, min(count, rows.log_probs.shape[1]))
+    if log_probs.dtype is torch.bfloat16:  # numpy has none
+        log_probs = log_probs.float()
+    return ids.numpy(force=True), log_probs.numpy(force=True)
 
 
 def grow_best_first(
@@ -114,30 +118,30 @@ def grow_best_first(
         draw: how the nodes came to be.
     """
     tokens, parents, handles, chances = [root.token], [-1], [0], [math.nan]
-    values = torch.zeros(1)  # log value of each candidate's path, in order of creation
+    values = np.zeros(1, np.float32)  # log value of each candidate's path, in order of creation
     frontier = [0]
     for depth in range(1, min(budget.depth, max_depth) + 1 if budget.nodes else 1):
         asked = [handles[i] for i in frontier]
         rows = yield asked
         ids, log_values = weigh(rows, asked, depth)
-        child_values = (values[frontier].unsqueeze(1) + log_values).flatten()
+        child_values = (values[frontier][:, None] + log_values).ravel()
         kept = _survivors(values[1:], child_values, budget.nodes)
         if not kept:
             break
-        branching, flat_ids = ids.shape[1], ids.flatten().tolist()
-        chances += log_values.flatten()[kept].exp().tolist()
+        branching = ids.shape[1]
+        chances += np.exp(log_values.ravel()[kept]).tolist()
         first = len(tokens)
-        for i in kept:
+        for i, token in zip(kept, ids.ravel()[kept].tolist(), strict=True):
             parent = frontier[i // branching]
-            tokens.append(flat_ids[i])
+            tokens.append(token)
             parents.append(parent)
-            handles.append(law.extend(handles[parent], flat_ids[i]))
-        values = torch.cat([values, child_values[kept]])
+            handles.append(law.extend(handles[parent], token))
+        values = np.concatenate([values, child_values[kept]])
         frontier = list(range(first, len(tokens)))
         if width is not None and len(frontier) > width:
-            best = torch.sort(values[first:], descending=True, stable=True).indices[:width]
+            best = np.argsort(-values[first:], kind="stable")[:width]
             frontier = sorted((best + first).tolist())
-    order = torch.sort(values[1:], descending=True, stable=True).indices[: budget.nodes]
+    order = np.argsort(-values[1:], kind="stable")[: budget.nodes]
     builder = TreeBuilder(root.token)
     places = {0: 0}
     for number in sorted((order + 1).tolist()):
@@ -148,11 +152,11 @@ def grow_best_first(
     return builder.build()
 
 
-def _survivors(values: Tensor, child_values: Tensor, nodes: int) -> list[int]:
+def _survivors(values: np.ndarray, child_values: np.ndarray, nodes: int) -> list[int]:
     """Returns the children that may still be among the best `nodes` of all candidates."""
-    threshold = -torch.inf
-    merged = torch.cat([values, child_values])
+    keep = child_values > -np.inf
+    merged = np.concatenate([values, child_values])
     if len(merged) > nodes:
-        threshold = float(torch.topk(merged, nodes).values[-1])
-    keep = (child_values >= threshold) & (child_values > -torch.inf)
-    return torch.nonzero(keep).flatten().tolist()
+        keep &= child_values >= np.partition(merged, -nodes)[-nodes]
+    survivors: list[int] = np.flatnonzero(keep).tolist()
+    return survivors

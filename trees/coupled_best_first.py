@@ -8,11 +8,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
-from specdec.trees.best_first import grow_best_first, most_probable
+from specdec.trees.best_first import Candidates, grow_best_first, most_probable
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root, StepOutcome
 
@@ -66,15 +65,14 @@ class CoupledBestFirst(BasePolicy):
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
         noted: dict[int, _Candidates] = {}
 
-        def weigh(rows: LawRows, handles: Sequence[int], depth: int) -> tuple[Tensor, Tensor]:
+        def weigh(rows: LawRows, handles: Sequence[int], depth: int) -> Candidates:
             if root.greedy:
                 return most_probable(rows, min(self._max_branching, budget.nodes))
             ids, features = _features(rows, random, root.position + depth)
             for handle, own_ids, own_features in zip(handles, ids, features, strict=True):
                 noted[handle] = _Candidates(own_ids, own_features)
             order, log_chances = self._ranked(features, min(self._max_branching, budget.nodes))
-            best = np.take_along_axis(ids, order, axis=1)
-            return torch.from_numpy(best), torch.from_numpy(log_chances)
+            return np.take_along_axis(ids, order, axis=1), log_chances
 
         tree = yield from grow_best_first(
             law, root, budget, weigh, max_depth=self._max_depth, draw=Draw.COUPLED
@@ -112,14 +110,15 @@ class CoupledBestFirst(BasePolicy):
 def _features(rows: LawRows, random: RandomSource, position: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the candidates' ids ``[n, k]`` and the estimate's terms ``[n, k + 1, 4]``."""
     ids, log_probs = most_probable(rows, _SHORTLIST)
-    noise = random.keyed_noise(position, ids.clamp(min=0).flatten()).reshape(ids.shape)
+    tokens = torch.from_numpy(ids.clip(min=0)).flatten()
+    noise = random.keyed_noise(position, tokens).reshape(ids.shape)
     features = np.zeros((ids.shape[0], ids.shape[1] + 1, 4))
-    features[:, :-1, 0] = log_probs.double().numpy(force=True)
+    features[:, :-1, 0] = log_probs
     features[:, :-1, 1] = noise.numpy(force=True)
     rest = 1.0 - np.exp(features[:, :-1, 0]).sum(axis=1)
     features[:, -1, 2] = np.log(np.maximum(rest, _LEAST_REST))
     features[:, -1, 3] = 1.0
-    return ids.numpy(force=True), features
+    return ids, features
 
 
 def _log_softmax(scores: np.ndarray) -> np.ndarray:

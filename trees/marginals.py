@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
-from specdec.trees.best_first import grow_best_first, most_probable
+from specdec.trees.best_first import Candidates, grow_best_first, most_probable
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
@@ -38,9 +36,9 @@ class Marginals(BasePolicy):
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
 
-        def weigh(rows: LawRows, handles: Sequence[int], _depth: int) -> tuple[Tensor, Tensor]:
+        def weigh(rows: LawRows, handles: Sequence[int], _depth: int) -> Candidates:
             ids, values = most_probable(rows, min(self._max_branching, budget.nodes))
-            return ids.expand(len(handles), -1), values.expand(len(handles), -1)
+            return ids.repeat(len(handles), axis=0), values.repeat(len(handles), axis=0)
 
         plan = grow_best_first(law, root, budget, weigh, max_depth=self._max_depth)
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
@@ -86,7 +88,7 @@ class MonteCarlo(BasePolicy):
             if unknown:
                 rows = yield [handles[node] for node in unknown]
                 ids, log_probs = most_probable(rows, min(self._max_branching, budget.nodes))
-                probs = log_probs.exp().tolist()
+                probs = np.exp(log_probs).tolist()
                 for node, *children in zip(unknown, ids.tolist(), probs, strict=True):
                     search.expand(node, *children)
             done = self._num_iterations * (call - 1) // calls
