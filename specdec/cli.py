@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turns an error that a user can mend into one line and status 2."""
-    from specdec.demo_model import DemoModelError
+    from specdec.wheel_model import DemoModelError
 
     try:
         yield

@@ -164,7 +164,8 @@ def check_names(grid: Grid) -> None:
 def _check_models(models: Iterable[str]) -> None:
     from transformers import AutoConfig
 
-    from specdec.demo_model import DemoModelError, ensure_demo_model
+    from specdec.demo_model import ensure_demo_model
+    from specdec.wheel_model import DemoModelError
 
     for model in models:
         try:
