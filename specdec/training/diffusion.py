@@ -45,8 +45,8 @@ class DiffusionSettings:
         given_share: of the blocks, those whose first tokens are given; for several denoising steps.
         decay: a token k behind the anchor weighs exp(-(k - 1) / decay).
         cross_entropy: its share of the loss; the rest is total variation.
-        warmup: share of the run in which cross-entropy goes from the whole of the loss to its
-            share: total variation hardly moves a law that is far off.
+        cross_entropy_fade: share of the run in which cross-entropy goes from the whole of the loss
+            to its share: total variation hardly moves a law that is far off.
         seed: of the weights that start at random.
     """
 
@@ -63,7 +63,7 @@ class DiffusionSettings:
     given_share: float = 0.0
     decay: float = 3.0
     cross_entropy: float = 0.1
-    warmup: float = 0.15
+    cross_entropy_fade: float = 0.15
     seed: int = 0
 
 
@@ -213,8 +213,9 @@ class DiffusionRecipe:
             self._parts.draft_ids[top_ids.clamp(min=0)].where(top_ids >= 0, -1),
             batch.top_log_probs[before][supervised],
         )
-        warm = min(progress / self.settings.warmup, 1.0) if self.settings.warmup else 1.0
-        share = 1.0 - warm * (1.0 - self.settings.cross_entropy)
+        fade = self.settings.cross_entropy_fade
+        faded = min(progress / fade, 1.0) if fade else 1.0
+        share = 1.0 - faded * (1.0 - self.settings.cross_entropy)
         losses = share * compared.cross_entropy + (1 - share) * compared.total_variation
         if self.settings.confidence:
             accepted = 1.0 - compared.total_variation.detach()
