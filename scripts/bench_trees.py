@@ -18,12 +18,12 @@ from functools import partial
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import trange
 from transformers import LogitsProcessorList
 
+from specdec.bench.tables import wide_console
 from specdec.build import POLICIES, VERIFIERS, build_policy, build_verifier
 from specdec.random import RowStreams, row_streams
 from specdec.sampling import Prefix, ProcessedLaw
@@ -188,7 +188,7 @@ def print_table(
             low, middle, high = np.quantile(ms, [0.2, 0.5, 0.8])
             cells.append(f"{middle:.2f} ({low:.2f}, {high:.2f})")
         table.add_row(name, *cells)
-    Console().print(table)
+    wide_console().print(table)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from specdec.kernels.argmax import argmax_row
 from specdec.kernels.philox import GUMBEL_RANGE, gumbel, keyed_bits_dense, keyed_gumbel
 
 _WORD = (1 << 64) - 1
@@ -96,7 +97,7 @@ class SeededRandom:
 
     def gumbel_argmax(self, scores: Tensor, position: int) -> int:
         """Returns argmax(scores + g); g is evaluated only where it could still win."""
-        top = torch.argmax(scores)
+        top = argmax_row(scores)
         within = scores > scores[top] - GUMBEL_RANGE
         if 2 * int(within.sum()) <= len(scores):
             support = torch.nonzero(within).squeeze(-1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from specdec.errors import LogitsError
+from specdec.kernels.argmax import argmax_row
 
 if TYPE_CHECKING:
     from specdec.trees.tree import DraftTree
@@ -135,7 +136,8 @@ class ProcessedLaw:
                 begin = time.perf_counter()
                 scores = self._processors(ids, scores)  # type: ignore[arg-type]
                 self.processor_seconds += time.perf_counter() - begin
-            self._scores[path] = self._checked(scores.squeeze(0), node)
+            self._check(float(scores.max()), node)  # NaN anywhere gives NaN
+            self._scores[path] = scores.squeeze(0)
         return self._scores[path]
 
     def row(self, node: int) -> Tensor:
@@ -151,9 +153,11 @@ class ProcessedLaw:
         if not self._processors:
             if self._reach is not None:
                 self._reach(self, node)
-            # sync: one number leaves the device for each node on the accepted path
-            return int(torch.argmax(self._checked(self._logits[node], node)))
-        return int(torch.argmax(self.scores(node)))
+            raw = self._logits[node]
+            best = argmax_row(raw)
+            self._check(float(raw[best]), node)
+            return best
+        return argmax_row(self.scores(node))
 
     def raw(self, node: int) -> Tensor:
         """Returns ``[V]`` float32 raw logits, as `output_logits` reports them."""
@@ -165,8 +169,7 @@ class ProcessedLaw:
         ids = self._prefix.followed_by(path[committed:])
         return ids[:, : self._root_length + len(path)]
 
-    def _checked(self, scores: Tensor, node: int) -> Tensor:
-        largest = float(scores.max())  # NaN anywhere gives NaN
+    def _check(self, largest: float, node: int) -> None:
         if largest != largest or largest == -float("inf"):
             what = "NaN" if largest != largest else "minus infinity for every token"
             raise LogitsError(
@@ -174,4 +177,3 @@ class ProcessedLaw:
                 + (" after the logits processors" if self._processors else "")
                 + "; there is no token to choose"
             )
-        return scores

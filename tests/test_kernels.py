@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specdec.kernels.argmax import argmax_row
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.kernels.tree_mask import ancestor_matrix
 
@@ -45,3 +46,19 @@ def test_ancestors_agree_with_walking_up():
             seen.add(up)
             up = parents[up]
         assert set(torch.nonzero(matrix[node]).flatten().tolist()) == seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 7, 4096])
+def test_argmax_is_torchs(width: int, dtype: torch.dtype) -> None:
+    for row in torch.randn(20, width, generator=torch.Generator().manual_seed(3)).to(dtype):
+        assert argmax_row(row) == int(torch.argmax(row))
+        assert argmax_row(row[::2]) == int(torch.argmax(row[::2]))
+
+
+def test_argmax_takes_the_first_of_equals_and_nan_for_the_largest() -> None:
+    scores = torch.tensor([0.0, 2.0, 1.0, 2.0])
+    assert argmax_row(scores) == 1
+    scores[2] = torch.nan
+    assert argmax_row(scores) == 2
+    assert argmax_row(torch.full((5,), -torch.inf)) == 0
