@@ -28,8 +28,8 @@ class PartsForCalls:
         policy: a name, an object or "auto".
         verifier: a name, an object or "auto".
         node_budget: draft nodes a tree, or "auto".
-        fixed_nodes: what "auto" means where a tree's size cannot follow the costs: its nodes are
-            drawn, or drafting is itself a model's pass.
+        fixed_nodes: what "auto" means where a tree's size cannot follow the costs, as its nodes are
+            drawn; and at most, where drafting is itself a model's passes.
         cost: of the target's passes; None where trees shall have `fixed_nodes`.
         max_rows: the most rows of a pass, of all trees together.
 
@@ -54,7 +54,9 @@ class PartsForCalls:
         probes = drafter.needs.num_probes if drafter is not None else 0
         self._costed: AutoBudget | None = None
         if follows and cost is not None:
-            self._costed = AutoBudget(cost, max_rows=max_rows, probes=probes)
+            # growing more than is scored is free with tables, and passes with a model
+            most = {"max_nodes": fixed_nodes} if drafter is not None and drafter.honest else {}
+            self._costed = AutoBudget(cost, max_rows=max_rows, probes=probes, **most)
         self._policy = None if policy == "auto" else build_policy(policy)
         self._verifier = None if verifier == "auto" else build_verifier(verifier)
         # policies learn, so the same objects serve every call
@@ -90,10 +92,7 @@ class PartsForCalls:
         # a budget goes by the clock: it must not touch a text that torch's seed makes repeatable
         text_depends_on_tree = not greedy and Draw.COUPLED not in verifier.accepts
         cuttable = policy.draws <= {Draw.POINT, Draw.COUPLED} and not text_depends_on_tree
-        cheap = self.drafter is not None and not self.drafter.honest
-        if self._costed is not None and cuttable and cheap:
-            return self._costed
-        return self._fixed
+        return self._costed if self._costed is not None and cuttable else self._fixed
 
     def _names(self, greedy: bool, walk: bool) -> tuple[str, str]:
         """Returns policy and verifier; `walk` wants a rule that walks down, with keyed noise."""

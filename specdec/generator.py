@@ -92,7 +92,7 @@ class SpeculativeGenerator:
         built = build_drafter(drafter)
         self._attach(built)
         budget = _node_budget(node_budget)
-        follows = budget == "auto" and built is not None and not built.honest
+        follows = budget == "auto" and built is not None
         kind, vocab_size = self._backend.device.type, self._backend.traits.vocab_size
         self._parts = PartsForCalls(
             built,

@@ -541,7 +541,7 @@ def test_text_that_is_there_is_used_as_it_is(
     assert capsys.readouterr().out == first
     assert Corpus(tmp_path / "texts-llama").facts.layers == (2,)
     with pytest.raises(ConfigError, match="holds text made from"):
-        run(command("text", *words[:4], "--quiet", "--num-texts", 41))
+        run(command("text", *words[:4], "--quiet", "--prompt-tokens", 41))
 
 
 def test_options_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
