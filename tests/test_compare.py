@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from specdec import SpeculativeGenerator, build
 from specdec.bench import figures, files
@@ -23,6 +24,7 @@ from specdec.bench.generation import BASELINE, LOOKUP, PLAIN, Method, methods_of
 from specdec.bench.tables import wide_console
 from specdec.cli import main
 from specdec.drafters import TokenRecycling
+from specdec.drafters.checkpoint import save_checkpoint
 from specdec.errors import ConfigError
 from specdec.prompts import Prompt, encode
 
@@ -86,7 +88,13 @@ def test_all_take_part_and_write_what_plain_decoding_writes(made: Comparison) ->
 def test_those_on_request_take_part_when_asked_for(model: Any, tmp_path: Path) -> None:
     tiny.make_model("llama", seed=1).save_pretrained(tmp_path / "draft")
     tiny.letters().save_pretrained(tmp_path / "draft")
-    wanted = ["early_exit:1", f"small_model:{tmp_path / 'draft'}"]
+    save_checkpoint(tmp_path / "pads", "lexical_unit", model, {"pads": torch.zeros(2, 32)}, {})
+    wanted = [
+        "early_exit:1",
+        f"small_model:{tmp_path / 'draft'}",
+        f"lexical_unit:{tmp_path / 'pads'}",
+        "hybrid:suffix+early_exit:1",
+    ]
     found = compare(model, tiny.letters(), PROMPTS[:1], wanted, max_new_tokens=6)
     assert set(found.measured.memory) == {
         *(BASELINE, PLAIN, LOOKUP, "transformers assisted"),

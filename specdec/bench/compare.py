@@ -103,8 +103,8 @@ def compare(
         model: the target.
         tokenizer: its tokenizer.
         prompts: the first turn of each is asked.
-        drafters: names, "early_exit:LAYERS", "small_model:NAME_OR_PATH"; None for every drafter of
-            the registry that needs nothing but its name.
+        drafters: as `specdec.bench.drafters.make_drafter` takes them; None for every drafter of the
+            registry that needs nothing but its name.
         max_new_tokens: a prompt.
         temperature: 0 is greedy, and texts are then compared.
         top_p: nucleus of a temperature above 0.

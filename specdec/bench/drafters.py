@@ -1,8 +1,9 @@
-"""Drafters by name, with an argument behind a colon where they need one: ``early_exit:8``."""
+"""Drafters by name, with an argument behind a colon: ``early_exit:8``, ``student:FOLDER``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from specdec.build import build_drafter, drafter_names
@@ -13,6 +14,7 @@ from specdec.types import Drafter
 NO_DRAFTER = "none"
 # the first layers of a model that was not trained for it: slow, and says little of early exit
 _ON_REQUEST = ("early_exit",)
+_TRAINED = ("diffusion", "lexical_unit", "student")
 
 
 def split_drafter(drafter: str) -> tuple[str, str]:
@@ -22,7 +24,12 @@ def split_drafter(drafter: str) -> tuple[str, str]:
 
 
 def check_drafter(drafter: str) -> list[str]:
-    """Returns the models that a drafter needs; raises ConfigError for what is no drafter."""
+    """Returns the models that a drafter needs; raises ConfigError for what is no drafter.
+
+    Args:
+        drafter: a name, alone or with its argument: ``early_exit:LAYERS``, ``small_model:MODEL``,
+            ``student:FOLDER`` (``diffusion``, ``lexical_unit``), ``hybrid:NAME+NAME``; or "none".
+    """
     name, argument = split_drafter(drafter)
     if drafter == NO_DRAFTER:
         return []
@@ -30,6 +37,18 @@ def check_drafter(drafter: str) -> list[str]:
         if not argument:
             raise ConfigError("drafter 'small_model' needs a model: small_model:NAME_OR_PATH")
         return [argument]
+    if name == "hybrid" and argument:
+        parts = argument.split("+")
+        if NO_DRAFTER in parts:
+            raise ConfigError(f"a hybrid is made of drafters, got {drafter!r}")
+        return [model for part in parts for model in check_drafter(part)]
+    if name in _TRAINED and argument:
+        if not (Path(argument) / "config.json").is_file():
+            raise ConfigError(
+                f"{drafter!r} names a folder without a config.json; expected one that "
+                f"`python -m specdec train {name}` wrote"
+            )
+        return []
     if name == "early_exit" and argument:
         if not argument.isdecimal() or int(argument) == 0:
             raise ConfigError(f"expected early_exit:LAYERS, a positive number, got {drafter!r}")
@@ -49,15 +68,32 @@ def make_drafter(
         tokenizer: the target's.
         load: gives a draft model and its tokenizer for a name.
     """
-    from specdec.drafters import EarlyExit, SmallModel
+    from specdec.drafters import (
+        Diffusion,
+        EarlyExit,
+        Hybrid,
+        LexicalUnit,
+        SmallModel,
+        Student,
+    )
 
     name, argument = split_drafter(drafter)
     if drafter == NO_DRAFTER:
         return None
-    if name == "early_exit" and argument:
-        return EarlyExit(int(argument))
-    if name != "small_model":
+    if not argument:
         return name
+    if name == "early_exit":
+        return EarlyExit(int(argument))
+    if name == "hybrid":
+        made = (build_drafter(make_drafter(p, tokenizer, load)) for p in argument.split("+"))
+        return Hybrid([source for source in made if source is not None])
+    if name in _TRAINED:
+        trained: dict[str, Callable[[str], Drafter]] = {
+            "diffusion": Diffusion,
+            "lexical_unit": LexicalUnit,
+            "student": Student,
+        }
+        return trained[name](argument)
     model, own = load(argument)
     return SmallModel(model, None if own.get_vocab() == tokenizer.get_vocab() else own)
 

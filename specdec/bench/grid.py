@@ -24,8 +24,7 @@ class Grid:
     Attributes:
         prompts: prompt files or ``datasets:`` names, see `specdec.prompts.read_prompts`.
         models: names or paths of targets, "demo" for the demo model.
-        drafters: names of `specdec.build.DRAFTERS`, "none" for plain decoding,
-            "small_model:NAME_OR_PATH" and "early_exit:LAYERS".
+        drafters: "none" for plain decoding, or as `specdec.bench.drafters.check_drafter` says.
         policies: names, "auto", and "chain (drawn)" and "static (drawn)".
         verifiers: names or "auto".
         temperatures: 0 is greedy.

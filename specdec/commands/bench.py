@@ -17,7 +17,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.commands.parts import add_model, add_prompts, add_sampling, load, positive
+from specdec.commands.parts import (
+    DRAFTER_FORMS,
+    add_model,
+    add_prompts,
+    add_sampling,
+    drafter_of,
+    load,
+    positive,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     add_prompts(parser, limit=13, required=False)
     parser.add_argument("--max-new-tokens", type=positive, default=128)
-    parser.add_argument("--drafters", nargs="+", default=["auto"], metavar="NAME")
+    parser.add_argument(
+        "--drafters", nargs="+", default=["auto"], metavar="DRAFTER", help=f"each {DRAFTER_FORMS}"
+    )
     parser.add_argument(
         "--assistant", metavar="NAME_OR_PATH", help="draft model of transformers' assisted decoding"
     )
@@ -90,7 +100,7 @@ def run(arguments: argparse.Namespace) -> None:
             methods_of(
                 model,
                 tokenizer,
-                {name: name for name in arguments.drafters},
+                {name: drafter_of(name, tokenizer) for name in arguments.drafters},
                 assistant=assistant if single else None,
                 with_lookup=single,
             ),

@@ -16,6 +16,7 @@ import argparse
 from pathlib import Path
 
 from specdec.commands.parts import (
+    DRAFTER_FORMS,
     add_model,
     add_prompts,
     add_sampling,
@@ -36,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drafters",
         type=names,
         metavar="A,B",
-        help="names, early_exit:LAYERS, small_model:NAME_OR_PATH; all that need nothing but their "
-        "name when left out",
+        help=f"each {DRAFTER_FORMS}; all that need nothing but their name when left out",
     )
     parser.add_argument(
         "--node-budget",

@@ -40,5 +40,5 @@ def run(arguments: argparse.Namespace) -> None:
         tokenizer,
         max_new_tokens=arguments.max_new_tokens,
         figure=arguments.figure,
-        **parts_of(arguments),
+        **parts_of(arguments, tokenizer),
     )

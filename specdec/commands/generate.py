@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     if text.startswith("@"):
         text = Path(text[1:]).read_text(encoding="utf-8")
     model, tokenizer = load(arguments.model)
-    generator = SpeculativeGenerator(model, tokenizer, **parts_of(arguments))
+    generator = SpeculativeGenerator(model, tokenizer, **parts_of(arguments, tokenizer))
     stream_text(
         generator,
         encode(tokenizer, Prompt(text)).to(model.device),

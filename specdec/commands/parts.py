@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+DRAFTER_FORMS = "NAME, early_exit:LAYERS, small_model:MODEL, student:FOLDER, hybrid:NAME+NAME"
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds --model."""
@@ -21,7 +23,7 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
     """Adds --model, and the parts of a generator."""
     add_model(parser)
     parser.add_argument(
-        "--drafter", default="auto", help="token_recycling, prompt_lookup, suffix, ..., none"
+        "--drafter", default="auto", help=f"none for plain decoding, {DRAFTER_FORMS}"
     )
     parser.add_argument("--policy", default="auto", help="best_first, static, chain, ...")
     parser.add_argument("--verifier", default="auto", help="coupled, match, rejection, ...")
@@ -30,14 +32,32 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parts_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments of `SpeculativeGenerator` that `add_parts` asks for."""
+def parts_of(arguments: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """Returns the arguments of `SpeculativeGenerator` that `add_parts` asks for.
+
+    Raises:
+        ConfigError: for what is no drafter.
+    """
     return {
-        "drafter": None if arguments.drafter in ("none", "None") else arguments.drafter,
+        "drafter": drafter_of(arguments.drafter, tokenizer),
         "policy": arguments.policy,
         "verifier": arguments.verifier,
         "node_budget": arguments.node_budget,
     }
+
+
+def drafter_of(spec: str, tokenizer: Any) -> Any:
+    """Returns what `SpeculativeGenerator` takes for one of `DRAFTER_FORMS`.
+
+    Raises:
+        ConfigError: for what is no drafter.
+    """
+    from specdec.bench.drafters import check_drafter, make_drafter
+    from specdec.pretrained import load_model
+
+    spec = "none" if spec == "None" else spec
+    check_drafter(spec)
+    return make_drafter(spec, tokenizer, load_model)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdec.commands.parts import names
+from specdec.commands.parts import DRAFTER_FORMS, names
 
 if TYPE_CHECKING:
     from specdec.bench.grid import Grid
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _AXES = {
     "models": "names or paths; the demo model when left out",
-    "drafters": "token_recycling, prompt_lookup, early_exit:LAYERS, small_model:NAME, none, ...",
+    "drafters": f"none for plain decoding, {DRAFTER_FORMS}",
     "policies": "best_first, chain, sequoia, auto, ...",
     "verifiers": "coupled, rejection, traversal, auto, ...",
     "temperatures": "0 is greedy",
