@@ -187,6 +187,7 @@ def _facts(backend: TreeModel) -> dict[str, Any]:
         "dtype": str(backend.model.dtype),
         "attention": backend.attention or backend.traits.attention,
         "packed": None if backend.packed is None else backend.packed.formats,
+        "tree_attention": backend.tree_attention,
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

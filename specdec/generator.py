@@ -56,6 +56,9 @@ class SpeculativeGenerator:
             weights in a layout that multiplies several rows faster; the copies take as much memory
             as the weights ("fp16" half of it). "auto" measures which layout is fastest, "onednn",
             "mkl" and "fp16" name one, None runs the layers as they are.
+        tree_attention: the kernel that attends in passes over trees: "triton" (a GPU), "torch",
+            "reference", or "auto" for what fits the device. None is the model's own attention
+            under a tree's mask, which for now is the default: the kernel has not been timed.
         calibration: what a pass costs, for `node_budget`: a `specdec.cost.PassCost`, a file of one,
             or None: measured in a few seconds the first time, then kept in the cache folder.
 
@@ -83,12 +86,13 @@ class SpeculativeGenerator:
         verifier: str | Verifier = "auto",
         node_budget: int | str = "auto",
         packed_weights: str | None = "auto",
+        tree_attention: str | None = None,
         calibration: PassCost | str | os.PathLike[str] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stats: DecodeStats | None = None
-        self._backend = probed(model, packed_weights)
+        self._backend = probed(model, packed_weights, tree_attention)
         built = build_drafter(drafter)
         self._attach(built)
         budget = _node_budget(node_budget)

@@ -14,6 +14,7 @@ from specdec.backend.cache import LayerSpec, TreeCache
 from specdec.backend.masks import as_additive, tree_visibility
 from specdec.backend.packed import PackedLinears
 from specdec.backend.support import ModelTraits, read_traits
+from specdec.backend.tree_layers import ARGUMENT, MAX_NODES, TREE, TreePass
 
 
 class TreeModel:
@@ -24,18 +25,21 @@ class TreeModel:
 
     Args:
         model: a HuggingFace causal language model with attn_implementation "sdpa" or "eager".
+        tree_attention: implementation of `specdec.kernels.tree_attention` for the passes over
+            trees; None for the model's own attention under a mask.
 
     Raises:
         UnsupportedModelError: if the model cannot take trees.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, tree_attention: str | None = None) -> None:
         self.model = model
         self.traits: ModelTraits = read_traits(model)
         self.specs: list[LayerSpec] = []  # filled by the probe, which sees the model's own cache
         self.packed: PackedLinears | None = None
         # the probe goes back to the model's own attention if this one does not serve
         self.attention: str | None = GROUPED if pays(self.device, self.traits.attention) else None
+        self.tree_attention = tree_attention
         self._config = model.config.get_text_config(decoder=True)
         self._keeps_logits: bool = model._supports_logits_to_keep()
 
@@ -86,10 +90,19 @@ class TreeModel:
         arguments: dict[str, Any] = {}
         if keep is not None and self._keeps_logits:
             arguments["logits_to_keep"] = keep.to(device)
-        with self._pass(masked=ancestors is not None):
+        masks = self._masks(cache, positions, ancestors)
+        # the kernel's queries are whole trees; what goes on with one, or a long prompt, is not
+        as_tree = ancestors is not None and new == ancestors.shape[2] <= MAX_NODES
+        attention = self.attention if ancestors is not None else None
+        if self.tree_attention is not None and ancestors is not None and as_tree:
+            attention = TREE[self.traits.attention]
+            arguments[ARGUMENT] = TreePass(
+                ancestors, cache.lengths, list(masks.values()), self.tree_attention
+            )
+        with self._pass(attention):
             logits: Tensor = self.model(
                 input_ids=tokens.to(device),
-                attention_mask=self._attention_mask(cache, positions, ancestors),
+                attention_mask=self._as_argument(masks),
                 position_ids=positions[:, -new:].to(device),
                 past_key_values=cache.hf_cache,
                 use_cache=True,
@@ -102,30 +115,37 @@ class TreeModel:
         return logits
 
     @contextmanager
-    def _pass(self, *, masked: bool) -> Iterator[None]:
-        """Has the model run with our linear layers, and with our attention under our masks."""
+    def _pass(self, attention: str | None) -> Iterator[None]:
+        """Has the model run with our linear layers, and an attention of ours if one is given."""
         packed = self.packed.active() if self.packed is not None else nullcontext()
-        with (
-            packed,
-            attention_of(self._config, self.attention if masked else None, self.traits.attention),
-        ):
+        with packed, attention_of(self._config, attention, self.traits.attention):
             yield
 
-    def _attention_mask(
+    def _masks(
         self, cache: TreeCache, positions: Tensor, ancestors: Tensor | None
-    ) -> Tensor | dict[str, Tensor] | None:
+    ) -> dict[str, tuple[Tensor, int | None]]:
+        """Returns the masks of a pass and their windows by kind of layer; none for a causal one."""
         if ancestors is None:
-            return None
+            return {}
 
-        def mask(window: int | None) -> Tensor:
+        def mask(window: int | None) -> tuple[Tensor, int | None]:
             visible = tree_visibility(cache.lengths, ancestors, positions, cache.visible, window)
             if self.traits.attention == "eager" or self.attention is not None:
                 visible = as_additive(visible, self.model.dtype)
-            return visible.to(self.device)
+            return visible.to(self.device), window
 
         if len(self.traits.layer_types) > 1:
             return {"full_attention": mask(None), "sliding_attention": mask(self.traits.window)}
-        return mask(self.traits.window)
+        return {"": mask(self.traits.window)}
+
+    @staticmethod
+    def _as_argument(
+        masks: dict[str, tuple[Tensor, int | None]],
+    ) -> Tensor | dict[str, Tensor] | None:
+        """Returns masks as models take them: one, one for each kind of layer, or none."""
+        if len(masks) > 1:
+            return {kind: mask for kind, (mask, _) in masks.items()}
+        return masks[""][0] if masks else None
 
 
 def causal_ancestors(batch_size: int, count: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from torch import Tensor
 from specdec.backend.cache import LayerSpec
 from specdec.backend.model import TreeModel, causal_ancestors
 from specdec.backend.packed import packed_linears
-from specdec.errors import UnsupportedModelError
+from specdec.backend.tree_layers import KNOWN_IMPLS, NotServedError
+from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.kernels.tree_mask import ancestor_matrix
 
 # largest error allowed, relative to the largest logit: rounding stays far below, a leak does not
@@ -23,18 +26,27 @@ _TOLERANCE = {
 _PREFIX = 3
 
 
-def probed(model: Any, packed_weights: str | None = "auto") -> TreeModel:
+def probed(
+    model: Any, packed_weights: str | None = "auto", tree_attention: str | None = None
+) -> TreeModel:
     """Returns a model that was found to take trees, its linear layers packed where that pays.
 
     Args:
         model: a HuggingFace causal language model.
         packed_weights: see `specdec.backend.packed.packed_linears`.
+        tree_attention: see `TreeModel`; the model's own attention takes its place, with a warning,
+            where it does not serve.
 
     Raises:
         UnsupportedModelError: if the model cannot take trees.
-        ConfigError: for an unknown format of packed weights.
+        ConfigError: for an unknown format of packed weights, or an unknown attention.
+        ImportError: if "triton" is asked for and is not installed.
     """
-    backend = TreeModel(model)
+    if tree_attention is not None and tree_attention not in KNOWN_IMPLS:
+        raise ConfigError(
+            f"tree_attention must be None or one of {list(KNOWN_IMPLS)}, got {tree_attention!r}"
+        )
+    backend = TreeModel(model, tree_attention)
     probe(backend)
     backend.packed = packed_linears(model, packed_weights)
     return backend
@@ -67,6 +79,19 @@ def probe(backend: TreeModel) -> None:
         return _relative_error(logits, expected)
 
     tolerance = _TOLERANCE.get(expected.dtype, 1e-1)
+    if backend.tree_attention is not None:
+        try:
+            error = error_of_tree()
+            reason = f"a relative error of {error:.1e}"
+        except (NotServedError, TypeError) as failure:
+            error, reason = math.inf, str(failure)
+        if not error <= tolerance:
+            backend.tree_attention = None
+            warnings.warn(
+                f"{type(backend.model).__name__} keeps its own attention, specdec's tree attention "
+                f"does not serve it: {reason}",
+                stacklevel=4,
+            )
     error = error_of_tree()
     if not error <= tolerance and backend.attention is not None:
         backend.attention = None

@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from specdec.backend.attention import GROUPED
+from specdec.backend.tree_layers import TREE
 from specdec.errors import ConfigError, UnsupportedModelError
 
+# what a model says while a pass of ours is running in another thread, and what is its own
+_OURS = {GROUPED: "sdpa"} | {name: own for own, name in TREE.items()}
 _KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention"}
 _SUPPORTED_ATTENTION = ("sdpa", "eager")
 
@@ -90,9 +93,7 @@ def read_traits(model: Any) -> ModelTraits:
         raise UnsupportedModelError(
             f"{family} is an encoder-decoder model; only decoder-only models are supported"
         )
-    attention = config._attn_implementation
-    if attention == GROUPED:  # a pass of ours is running in another thread
-        attention = "sdpa"
+    attention = _OURS.get(config._attn_implementation, config._attn_implementation)
     if attention not in _SUPPORTED_ATTENTION:
         raise UnsupportedModelError(
             f"{family} uses attn_implementation={attention!r}, which takes no tree mask; "
