@@ -263,7 +263,10 @@ class SpeculativeGenerator:
         else:
             drafter = PromptLookup() if size is None else PromptLookup(size)
         self._attach(drafter, kwargs.get("tokenizer"))
-        return self._parts.with_drafter(drafter, Chain(), _positive(tokens))
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+            name = "num_assistant_tokens" if assistant is not None else "prompt_lookup_num_tokens"
+            raise ConfigError(f"{name} must be a positive int, got {tokens!r}")
+        return self._parts.with_drafter(drafter, Chain(), tokens)
 
     def _busy(self) -> _Busy:
         return _Busy(self._running)
@@ -325,10 +328,8 @@ def _cost(backend: TreeModel, calibration: PassCost | str | os.PathLike[str] | N
 
 
 def _node_budget(node_budget: int | str) -> int | str:
-    return node_budget if node_budget == "auto" else _positive(node_budget)
-
-
-def _positive(node_budget: int | str) -> int:
+    if node_budget == "auto":
+        return node_budget
     if not isinstance(node_budget, int) or isinstance(node_budget, bool) or node_budget <= 0:
         raise ConfigError(
             f"node_budget must be a positive int or 'auto', got {node_budget!r}; "

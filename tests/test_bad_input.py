@@ -552,8 +552,8 @@ def test_bad_sizes_of_parts_are_refused() -> None:
         ({"custom_generate": lambda **_: None}, "custom_generate"),
         ({"seed": [1, 2]}, "2 entries.*1 row"),
         ({"stop_strings": ["a"]}, "tokenizer"),
-        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens|node_budget"),
-        ({"prompt_lookup_num_tokens": -2}, "prompt_lookup_num_tokens|node_budget"),
+        ({"prompt_lookup_num_tokens": 0}, "prompt_lookup_num_tokens must be a positive int"),
+        ({"prompt_lookup_num_tokens": -2}, "prompt_lookup_num_tokens must be a positive int"),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
 )

@@ -44,6 +44,13 @@ def test_summaries_are_of_all_seconds_together() -> None:
     assert (overall.identical, overall.prompts) == (2, 3)
 
 
+def test_a_category_of_the_name_of_all_is_not_all() -> None:
+    runs = [run("ours", 0, 1.0, 2.0, "overall"), run("ours", 1, 4.0, 2.0, "b")]
+    own, other, everything = summarise(runs)
+    assert (own.prompts, other.prompts, everything.prompts) == (1, 1, 2)
+    assert (own.category, everything.category) == ("overall (category)", "overall")
+
+
 def test_an_interval_is_that_of_resampled_prompts() -> None:
     chance = np.random.default_rng(3)
     seconds = chance.uniform(1, 2, 12)

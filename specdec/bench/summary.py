@@ -74,7 +74,9 @@ def summarise(runs: Sequence[Run]) -> list[Summary]:
     """Returns a summary for each method and category, "overall" last, in order of appearance."""
     groups: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
-        groups[run.category, run.method].append(run)
+        # a file's own category of that name is another thing
+        category = f"{OVERALL} (category)" if run.category == OVERALL else run.category
+        groups[category, run.method].append(run)
         groups[OVERALL, run.method].append(run)
     ordered = sorted(groups, key=lambda key: key[0] == OVERALL)
     return [_summary(method, category, groups[category, method]) for category, method in ordered]
