@@ -33,6 +33,7 @@ _BLOCK = re.compile(rf"^ {{4,}}({_PROGRAM}.*(?:(?<=\\)\n.*)*)", re.MULTILINE)
 _INLINE = re.compile(rf"`({_PROGRAM}[^`\n]* --[^`\n]*)`")
 _FEW_TEXTS = "--model model --texts own --num-texts 6 --answer-tokens 8 --prompt-tokens 8 --quiet"
 _SHORT_RUN = f"{_FEW_TEXTS} --held-out 2 --eval-tokens 2 --vocab-size 64"
+_ONE_LAYER = "--contexts 16 --heads 2 --kv-heads 1 --head-dim 8 --rotate-mb 1 --repeats 1"
 # what makes a command small, by the name of its command or script
 _SMALL = {
     "demo": "--model model --max-new-tokens 4",
@@ -46,6 +47,9 @@ _SMALL = {
     "tabulate_acceptance model": "--model model --max-new-tokens 4 --limit 2 --budgets 4 "
     "--temperatures 0 --pairs best_first/coupled",
     "bench_trees": "--nodes 8 --vocab-size 64 --repeats 1 --policies top_n",
+    "bench_kernels --out": _ONE_LAYER,
+    "bench_kernels --contexts": _ONE_LAYER,
+    "bench_kernels --passes": "--passes tiny --contexts 16 --repeats 1",
     "train student": f"{_SHORT_RUN} --epochs 1 --layers 0",
     "train diffusion": f"{_SHORT_RUN} --minutes 0.001",
     "train text": _FEW_TEXTS,

@@ -1,0 +1,111 @@
+"""Times whole passes of a model over trees: what a node more costs, over lengths of context."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from specdec.backend.model import TreeModel
+from specdec.backend.probe import probed
+from specdec.bench.attention_speed import Timing
+from specdec.errors import ConfigError
+from specdec.kernels.tree_mask import ancestor_matrix
+
+# hidden size, feed-forward size, layers, query heads, KV heads, vocabulary
+SHAPES = {
+    "llama-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-1b": (2048, 8192, 16, 32, 8, 128256),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
+    "tiny": (64, 128, 2, 4, 2, 256),
+}
+
+
+def random_model(shape: str, dtype: torch.dtype, device: torch.device, max_context: int) -> Any:
+    """Returns a llama of random weights; how long a pass takes does not depend on them.
+
+    Args:
+        shape: one of `SHAPES`.
+        dtype: of the weights.
+        device: where they are made.
+        max_context: positions that it must have.
+
+    Raises:
+        ConfigError: for an unknown shape.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    if shape not in SHAPES:
+        raise ConfigError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}")
+    hidden, inner, layers, heads, kv_heads, vocab_size = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=max_context,
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    return model.eval()
+
+
+@torch.inference_mode()
+def time_passes(
+    model: Any,
+    nodes: Sequence[int],
+    contexts: Sequence[int],
+    impls: Sequence[str | None],
+    *,
+    repeats: int,
+) -> dict[tuple[str, int, int], Timing]:
+    """Returns the seconds of a pass by attention, context and nodes of the tree, all in turns.
+
+    Args:
+        model: any that can take trees.
+        nodes: of a tree, the root included; 1 is a step of plain decoding.
+        contexts: tokens before the tree.
+        impls: of the tree attention; None for the model's own.
+        repeats: rounds that count; one more warms up.
+    """
+    runs: dict[tuple[str, int, int], Callable[[], float]] = {}
+    for impl in impls:
+        backend = probed(model, tree_attention=impl)
+        name = "the model's own" if backend.tree_attention is None else backend.tree_attention
+        for context in contexts:
+            cache = backend.new_cache(1, context + max(nodes))
+            for count in nodes:
+                runs[name, context, count] = _pass(backend, cache, context, count)
+    seconds: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    for repeat in range(repeats + 1):
+        for key, run in runs.items():
+            taken = run()
+            if repeat:
+                seconds[key].append(taken)
+    found = {}
+    for key, own in seconds.items():
+        low, median, high = np.quantile(own, [0.2, 0.5, 0.8]).tolist()
+        found[key] = Timing(median, low, high)
+    return found
+
+
+def _pass(backend: TreeModel, cache: Any, context: int, nodes: int) -> Callable[[], float]:
+    ancestors = ancestor_matrix([-1, *((n - 1) // 2 for n in range(1, nodes))], nodes).unsqueeze(0)
+    tokens = torch.zeros(1, nodes, dtype=torch.int64)
+    positions = context + ancestors.sum(-1) - 1
+
+    def run() -> float:
+        cache.lengths[:] = [context]  # zeros, which cost what any other keys and values cost
+        cache.drop_pending()
+        begin = time.perf_counter()
+        logits = backend.forward(cache, tokens, positions, ancestors if nodes > 1 else None)
+        logits[0, 0, 0].item()  # waits for the device
+        return time.perf_counter() - begin
+
+    return run
