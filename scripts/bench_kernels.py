@@ -162,6 +162,7 @@ def plot(lines: Sequence[Line], file: Path) -> None:
     """Draws time over context, a panel for each tree."""
     sizes = list(dict.fromkeys(int(line["nodes"]) for line in lines))
     methods = list(dict.fromkeys(str(line["method"]) for line in lines))
+    contexts = list(dict.fromkeys(int(line["context"]) for line in lines))
     colour_of = colours(methods)
     with drawing(4.2 * len(sizes), 3.6) as figure:
         panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
@@ -176,7 +177,10 @@ def plot(lines: Sequence[Line], file: Path) -> None:
                     color=colour_of[method],
                     label=method,
                 )
-            axes.set(xscale="log", yscale="log", xlabel="context, tokens", title=f"{size} nodes")
+            heading = f"{size} node" if size == 1 else f"{size} nodes"
+            axes.set(xscale="log", yscale="log", xlabel="context, tokens", title=heading)
+            axes.set_xticks(contexts, [str(context) for context in contexts], minor=False)
+            axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         panels[0].set_ylabel("us")
         panels[-1].legend(frameon=False, fontsize="small")
         save(figure, file)
