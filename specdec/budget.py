@@ -10,6 +10,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from specdec.cost import PassCost
+from specdec.levels import Levels
 from specdec.trees.tree import DraftTree
 from specdec.types import StepOutcome
 
@@ -38,6 +39,10 @@ class NodeBudget(Protocol):
 
     def most(self, num_rows: int) -> int:
         """Returns how many draft nodes to grow for each row; 0: do not draft."""
+        ...
+
+    def deepest(self) -> int:
+        """Returns how many levels to draft."""
         ...
 
     def drafts_next(self, num_rows: int) -> bool:
@@ -85,6 +90,10 @@ class FixedBudget:
         """Returns the number."""
         return self.max_nodes
 
+    def deepest(self) -> int:
+        """Returns as many levels as there are nodes."""
+        return self.max_nodes
+
     def drafts_next(self, num_rows: int) -> bool:
         """Returns True."""
         return True
@@ -114,6 +123,9 @@ class AutoBudget:
     maximises (rows + expected accepted nodes) / (draft time + t(rows x (n + 1), context)), where t
     is the time of the pass and of what the drafter learns from each node. Slots behind the nodes
     (`DrafterNeeds.probes`) are rows of the pass like them.
+
+    Levels cost a draft call each, which is little for a table and much for a model: as many are
+    drafted as pay (`specdec.levels`).
 
     Cutting the least likely nodes off is lossless for nodes that are point masses or chosen with
     the keyed noise: such a tree may depend on anything but the target's coins. Nodes drawn from a
@@ -151,6 +163,9 @@ class AutoBudget:
         self._fixed_draft_seconds = draft_seconds
         self._draft_seconds = draft_seconds or 0.0
         self._learn_seconds = 0.0  # for each node
+        self._level_seconds = 0.0
+        self._pass_seconds = 0.0
+        self._levels = Levels(max_nodes)
         self._hits = np.zeros(len(_EDGES) + 1)
         self._trials = np.zeros(len(_EDGES) + 1)
         bounds = np.concatenate([[0.0], _EDGES, [1.0]])
@@ -172,6 +187,12 @@ class AutoBudget:
         grown = max(2 * self._last_width, _FEWEST_GROWN)
         return max(0, min(self.max_nodes, self._fitting(num_rows), grown))
 
+    def deepest(self) -> int:
+        """Returns the levels that are worth a draft call each; all where costs are given."""
+        if not self._level_seconds:
+            return self.max_nodes
+        return self._levels.best(self._pass_seconds, self._level_seconds)
+
     def drafts_next(self, num_rows: int) -> bool:
         """Returns False while it waits to try again, and for more rows than it has room for."""
         return self._waiting == 0 and self._fitting(num_rows) > 0
@@ -183,7 +204,9 @@ class AutoBudget:
         widest = max(tree.num_drafted for tree in trees)
         if widest == 0:
             return list(trees)
+        levels = max(max(tree.depth_list) for tree in trees)
         self._draft_seconds = self._followed(self._draft_seconds, seconds)
+        self._level_seconds = self._followed(self._level_seconds, seconds / levels)
         chances = [tree.path_chances[1:] for tree in trees]
         orders = [np.argsort(-own, kind="stable") for own in chances]
         expected = np.zeros((len(trees), widest + 1))
@@ -202,6 +225,7 @@ class AutoBudget:
         self._decide(plain, loss, pays=width > 0 and float(rates[width]) > len(trees) / plain)
         width = max(width, 1) if self._exploring else width
         self._last_width = max(width, 1)
+        self._pass_seconds = float(passes[width])
         return [
             tree if tree.num_drafted <= width else tree.cut((1 + order[:width]).tolist())
             for tree, order in zip(trees, orders, strict=True)
@@ -223,6 +247,7 @@ class AutoBudget:
         np.add.at(self._hits, buckets, became_text)
         np.add.at(self._trials, buckets, 1.0)
         accepted = len(outcome.path)
+        self._levels.observe(max(tree.depth_list), accepted)
         record = self._records.setdefault(outcome.row, [0.0, 0.0])
         record[0] = _ROW_MEMORY * record[0] + accepted
         record[1] = _ROW_MEMORY * record[1] + expected

@@ -248,7 +248,7 @@ class DecodeLoop:
 
     def _budget(self, row: Row, nodes: int) -> Budget:
         """Returns the row's budget: no deeper than the text may still become."""
-        depth = nodes
+        depth = min(nodes, self._parts.budget.deepest())
         remaining = row.stopper.remaining(row.prefix.length)
         if remaining is not None:
             depth = min(depth, remaining - 1)

@@ -17,6 +17,7 @@ from specdec.budget import AutoBudget
 from specdec.cost import PassCost, measure, pass_cost
 from specdec.drafters.base import BaseDrafter
 from specdec.errors import ConfigError, TreeError
+from specdec.levels import Levels
 from specdec.trees.tree import DraftTree
 from specdec.types import DraftContext, DraftLaw, LawRows, StepOutcome
 
@@ -102,6 +103,40 @@ def test_what_a_drafter_takes_to_learn_from_its_nodes_counts(seconds_per_node: f
         widths.append(tree.num_drafted)
     # one token in four steps pays for a row of a cheap pass, not for a second of learning
     assert (np.mean(widths[40:]) > 0.9) == (seconds_per_node == 0.0)
+
+
+@pytest.mark.parametrize(("level_seconds", "deepest"), [(0.001, 9), (0.08, 3), (0.9, 1)])
+def test_levels_are_drafted_as_far_as_they_pay(level_seconds: float, deepest: int) -> None:
+    """Half of the texts get from one level to the next; a pass takes a second."""
+    generator = np.random.default_rng(0)
+    budget = AutoBudget(CHEAP)
+    depths = []
+    for _ in range(200):
+        depth = min(budget.deepest(), max(budget.most(1), 1))
+        (tree,) = budget.cut([0], [chain(depth, 0.7)], 64, level_seconds * depth)
+        accepted = min(int(generator.geometric(0.5)) - 1, tree.num_drafted)
+        path = list(range(1, accepted + 1))
+        budget.observe(StepOutcome(0, tree, path, [0] * (accepted + 1), torch.empty(0)))
+        depths.append(depth)
+    middle = np.median(depths[50:])
+    assert deepest / 2 <= middle <= 2 * deepest
+
+
+def test_a_long_copy_is_drafted_as_deep_as_it_goes() -> None:
+    levels = Levels(32)
+    for _ in range(12):
+        depth = levels.best(1.0, 0.01)
+        levels.observe(depth, depth)
+    assert levels.best(1.0, 0.01) == 32
+
+
+def test_the_chance_to_get_to_a_level_falls() -> None:
+    levels = Levels(8)
+    for depth, accepted in ((4, 2), (6, 6), (1, 1), (3, 0)):
+        levels.observe(depth, accepted)
+    reach = levels.reach()
+    assert (np.diff(reach) <= 0).all()
+    assert 0 < reach[-1] < reach[0] < 1
 
 
 def test_a_batch_has_one_width_and_the_likeliest_nodes() -> None:
