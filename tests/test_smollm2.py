@@ -17,7 +17,8 @@ from specdec import SpeculativeGenerator
 from specdec.prompts import encode, read_prompts, spread_over_categories
 
 OWN_PROMPTS = Path(__file__).parent / "data" / "prompts.jsonl"
-DRAFTERS = ("token_recycling", "prompt_lookup", "suffix", "trigram", "hybrid")
+TRAINED = ("student", "diffusion", "lexical_unit")
+DRAFTERS = ("token_recycling", "prompt_lookup", "suffix", "trigram", "hybrid", *TRAINED)
 POLICIES = ("best_first", "static", "chain")
 NEW_TOKENS = 96
 NUM_PROMPTS = 40
