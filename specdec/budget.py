@@ -23,6 +23,7 @@ _ROW_TRIALS = 2.0  # accepted tokens that a row's own record must outweigh
 _FIRST_NODES = 4
 _FEWEST_GROWN = 8
 _EXPLORATION = 0.01  # of the time, to learn whether a drafter that does not pay pays again
+_LEAST_SPREAD = 0.1  # of the numbers of nodes, to tell what one more costs
 _PATIENCE = 3  # steps without a node worth its cost before drafting itself is left out
 
 
@@ -162,7 +163,9 @@ class AutoBudget:
         self._rows_per_node = 1 + probes
         self._fixed_draft_seconds = draft_seconds
         self._draft_seconds = draft_seconds or 0.0
-        self._learn_seconds = 0.0  # for each node
+        self._learn_seconds = 0.0  # for a node more
+        # weight, nodes, their squares, seconds, and nodes x seconds of what was learned from
+        self._learn_sums = np.zeros(5)
         self._level_seconds = 0.0
         self._pass_seconds = 0.0
         self._levels = Levels(max_nodes)
@@ -255,8 +258,19 @@ class AutoBudget:
             self._allowed = min(2 * self._allowed, self.max_nodes)
 
     def learned(self, num_rows: int, seconds: float) -> None:
-        """Notes what learning costs for each node."""
-        self._learn_seconds = self._followed(self._learn_seconds, seconds / num_rows)
+        """Fits what a node more costs; what learning takes at least is spent without a tree too."""
+        if self._fixed_draft_seconds is not None:
+            return
+        weight, *_, total, _ = self._learn_sums
+        if weight:
+            seconds = min(seconds, 4 * total / weight)  # a pause of the machine
+        self._learn_sums *= _MEMORY
+        self._learn_sums += (1.0, num_rows, num_rows**2, seconds, num_rows * seconds)
+        weight, nodes, squares, total, products = self._learn_sums
+        spread = squares / weight - (nodes / weight) ** 2
+        if spread > _LEAST_SPREAD:
+            slope = (products / weight - nodes * total / weight**2) / spread
+            self._learn_seconds = max(0.0, float(slope))
 
     def stop(self, row: int) -> None:
         """Drops a row's own record; another text may come under its number."""
@@ -290,8 +304,10 @@ class AutoBudget:
             return known
         if not known:
             return seconds
-        # a pause of the machine is not a cost of drafting
-        return known + 0.1 * (min(seconds, 4 * known) - known)
+        # neither the first call, nothing of which is in a cache yet, nor a pause of the machine is
+        # what drafting costs; a drafter that is left out has few steps to correct either
+        rate = 0.5 if seconds < known else 0.1
+        return known + rate * (min(seconds, 4 * known) - known)
 
     def _fitting(self, num_rows: int) -> int:
         """Returns the most draft nodes a tree for which a pass has room."""

@@ -88,8 +88,14 @@ def test_the_width_follows_how_long_the_accepted_runs_are() -> None:
     assert np.mean(short[200:]) < np.mean(long[200:]) < 12
 
 
-@pytest.mark.parametrize("seconds_per_node", [0.0, 1.0])
-def test_what_a_drafter_takes_to_learn_from_its_nodes_counts(seconds_per_node: float) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "seconds_per_node", "pays"),
+    [(0.0, 0.0, True), (0.0, 1.0, False), (1.5, 0.0, True)],
+)
+def test_what_a_drafter_takes_to_learn_from_more_nodes_counts(
+    seconds: float, seconds_per_node: float, pays: bool
+) -> None:
+    """What it takes for a step without a tree is spent in any case."""
     budget = AutoBudget(CHEAP)
     widths = []
     for step in range(120):
@@ -99,10 +105,10 @@ def test_what_a_drafter_takes_to_learn_from_its_nodes_counts(seconds_per_node: f
             (tree,) = budget.cut([0], [chain(nodes, 0.3)], 64, 0.0)
         path = [1] if tree.num_drafted and step % 4 == 0 else []
         budget.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
-        budget.learned(len(tree), seconds_per_node * len(tree))
+        budget.learned(len(tree), seconds + seconds_per_node * len(tree))
         widths.append(tree.num_drafted)
     # one token in four steps pays for a row of a cheap pass, not for a second of learning
-    assert (np.mean(widths[40:]) > 0.9) == (seconds_per_node == 0.0)
+    assert (np.mean(widths[40:]) > 0.9) == pays
 
 
 @pytest.mark.parametrize(("level_seconds", "deepest"), [(0.001, 9), (0.08, 3), (0.9, 1)])
@@ -137,6 +143,21 @@ def test_the_chance_to_get_to_a_level_falls() -> None:
     reach = levels.reach()
     assert (np.diff(reach) <= 0).all()
     assert 0 < reach[-1] < reach[0] < 1
+
+
+def test_a_cold_first_draft_is_soon_forgotten() -> None:
+    budget = AutoBudget(CHEAP)
+    widths = []
+    for step in range(40):
+        nodes = budget.most(1)
+        tree = DraftTree.root_only(0)
+        if nodes:
+            seconds = 9.0 if step == 0 else 0.02
+            (tree,) = budget.cut([0], [chain(nodes, 0.9)], 64, seconds)
+        path = list(range(1, tree.num_drafted + 1))[:3]
+        budget.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
+        widths.append(tree.num_drafted)
+    assert np.mean(widths[8:]) >= 3
 
 
 def test_a_batch_has_one_width_and_the_likeliest_nodes() -> None:
