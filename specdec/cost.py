@@ -21,11 +21,13 @@ from specdec.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+_VERSION = 2
+_ROWS = (1, 2, 4, 8, 16, 32)
 _CONTEXTS = (64, 768)
-_ROUNDS = 3
-_SECONDS = 4.0  # no further round is begun after this long
+_ROUNDS = 8
+_SECONDS = 5.0  # no further round is begun after this long
+_CHECKS = 3  # passes by which a table of an earlier run is checked
+_FASTER = 0.8
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,13 @@ class PassCost:
         if len(self.contexts) == 1:
             return near
         share = (context - self.contexts[0]) / (self.contexts[-1] - self.contexts[0])
-        # a longer prefix is never cheaper, whatever the noise of the measurement said
-        costs: np.ndarray = near + max(share, 0.0) * np.maximum(far - near, 0.0)
+        near = np.minimum(near, far)  # a longer prefix is never cheaper, as more nodes never are
+        costs: np.ndarray = near + max(share, 0.0) * (far - near)
         return costs
 
     def _of_context(self, rows: np.ndarray, index: int) -> np.ndarray:
-        # more nodes are never cheaper either
-        seconds = np.maximum.accumulate(self.seconds[index])
+        # fewer nodes never cost more either: whatever disturbed a measurement has made it longer
+        seconds = np.minimum.accumulate(self.seconds[index][::-1])[::-1]
         costs: np.ndarray = np.interp(rows, self.rows, seconds)
         if len(self.rows) > 1:
             slope = (seconds[-1] - seconds[-2]) / (self.rows[-1] - self.rows[-2])
@@ -122,13 +124,17 @@ def pass_cost(backend: TreeModel) -> PassCost:
     """Returns the costs of a model on this machine, measured now if no earlier run has.
 
     The table is kept in the user's cache folder, under what it depends on: the model's shape and
-    dtype, the device, the threads and the versions.
+    dtype, the device, the threads and the versions. A table that turns out to have been measured
+    while the machine was busy is replaced.
     """
     facts = _facts(backend)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     path = default_cache_dir() / "calibration" / f"{digest}.json"
     try:
-        return PassCost.load(path)
+        kept = PassCost.load(path)
+        if not _made_under_load(backend, kept):
+            return kept
+        logger.info("passes are faster than the costs at %s say; measuring again", path)
     except FileNotFoundError:
         pass
     except ConfigError as error:
@@ -162,6 +168,14 @@ def measure(backend: TreeModel, rows: Sequence[int] = _ROWS) -> PassCost:
         if time.perf_counter() - begin > _SECONDS:
             break
     return PassCost(tuple(rows), tuple(contexts), tuple(map(tuple, best.tolist())))
+
+
+@torch.no_grad()
+def _made_under_load(backend: TreeModel, cost: PassCost) -> bool:
+    """Returns whether the cheapest pass of a table is well faster now; slower says nothing."""
+    cache = backend.new_cache(1, cost.contexts[0] + cost.rows[0])
+    now = min(_seconds(backend, cache, cost.rows[0], cost.contexts[0]) for _ in range(_CHECKS))
+    return now < _FASTER * cost.seconds[0][0]
 
 
 def _seconds(backend: TreeModel, cache: Any, count: int, context: int) -> float:

@@ -185,8 +185,8 @@ class DecodeLoop:
         active = list(self._active)
         with self._stats.timed("draft"):
             begin = time.perf_counter()
-            trees = self._draft(active)
             context = sum(self._target.lengths) / len(active)
+            trees = self._draft(active, context)
             rows = [row.index for row in active]
             trees = self._parts.budget.cut(rows, trees, context, time.perf_counter() - begin)
         with self._stats.timed("target"):
@@ -214,14 +214,14 @@ class DecodeLoop:
                 self._parts.budget.learned(nodes, time.perf_counter() - begin)
         self._retire()
 
-    def _draft(self, active: list[Row]) -> list[DraftTree]:
+    def _draft(self, active: list[Row], context: float) -> list[DraftTree]:
         parts = self._parts
-        nodes = parts.budget.most(len(active)) if parts.drafter is not None else 0
-        budgets = [self._budget(row, nodes) for row in active]
         trees = [DraftTree.root_only(row.tokens[-1]) for row in active]
         if parts.drafter is None:
             return trees
-        growing = [i for i, budget in enumerate(budgets) if min(budget) > 0]
+        allotted = parts.budget.allot([row.index for row in active], context)
+        budgets = [self._within_text(row, own) for row, own in zip(active, allotted, strict=True)]
+        growing = [i for i, budget in enumerate(budgets) if budget.nodes and budget.depth]
         plans = []
         for i in growing:
             row = active[i]
@@ -246,15 +246,15 @@ class DecodeLoop:
             trees[i] = tree
         return trees
 
-    def _budget(self, row: Row, nodes: int) -> Budget:
-        """Returns the row's budget: no deeper than the text may still become."""
-        depth = min(nodes, self._parts.budget.deepest())
+    def _within_text(self, row: Row, budget: Budget) -> Budget:
+        """Returns the budget, no deeper than the row's text may still become."""
+        depth = min(budget.nodes, budget.depth)
         remaining = row.stopper.remaining(row.prefix.length)
         if remaining is not None:
             depth = min(depth, remaining - 1)
         if self._positions is not None:
             depth = min(depth, self._positions.num_positions - 1 - row.root_position)
-        return Budget(nodes, max(depth, 0))
+        return budget._replace(depth=max(depth, 0))
 
     def _verify(self, row: Row, tree: DraftTree, logits: Tensor, steps: list[Step]) -> None:
         """Lets the verifier decide; adds to `steps` what became text, also when it raises."""

@@ -61,10 +61,13 @@ class Budget(NamedTuple):
     Attributes:
         nodes: draft nodes, the root not counted; at least 1 when a policy is asked.
         depth: the deepest level allowed, at least 1; the root has depth 0.
+        least_chance: paths that promise less are not worth a node. A hint: only policies that take
+            the likeliest paths go by it, as drawn nodes must not depend on what they hold.
     """
 
     nodes: int
     depth: int
+    least_chance: float = 0.0
 
 
 class Root(NamedTuple):

@@ -103,7 +103,7 @@ class KeepsSureTokens(Chain):
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         builder = TreeBuilder(root.token)
         node = 0
-        for depth in range(1, min(budget) + 1):
+        for depth in range(1, min(budget.nodes, budget.depth) + 1):
             rows = yield [builder.handles[node]]
             (chosen,) = choose_tokens(rows, [1], Draw.IID, random, root, depth)
             if not chosen or chosen[0][1] < self.least:

@@ -205,25 +205,22 @@ def test_a_budget_counts_their_rows() -> None:
     for probes in (0, 3):
         budget = AutoBudget(STEEP, draft_seconds=0.0, probes=probes)
         for _ in range(20):
-            (tree,) = budget.cut([0], [chain(8)], 64, 0.0)
+            grown = chain(budget.allot([0], 64)[0].nodes)
+            (tree,) = budget.cut([0], [grown], 64, 0.0)
             path = list(range(1, min(tree.num_drafted, 3) + 1))
             budget.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
         widths.append(tree.num_drafted)
     assert widths == [2, 0]
     # 64 rows are 16 nodes with three slots each, the root among them
-    assert [AutoBudget(LINEAR, max_rows=64, probes=3).most(n) for n in (1, 4, 8, 17)] == [
-        8,
-        3,
-        1,
-        0,
-    ]
+    roomy = AutoBudget(LINEAR, max_rows=64, probes=3)
+    assert [roomy.allot(range(n), 64)[0].nodes for n in (1, 4, 8, 17)] == [8, 3, 1, 0]
 
 
 def test_no_slots_while_drafting_does_not_pay() -> None:
     budget = AutoBudget(LINEAR, draft_seconds=0.0, probes=3)
     asked, ready = [], True
     for _ in range(200):
-        drafting = budget.most(1) > 0
+        drafting = budget.allot([0], 64)[0].nodes > 0
         if drafting:
             asked.append(ready)  # every try is prepared by the pass before it
             (tree,) = budget.cut([0], [chain(4)], 64, 0.0)

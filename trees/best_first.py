@@ -14,6 +14,7 @@ from specdec.trees.build import TreeBuilder
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
 Candidates = tuple[np.ndarray, np.ndarray]  # ids [n, k] int64, log-values [n, k] float32
+_LIKELY_CHILD = math.log(0.7)  # few children are as likely as that, so their calls are left out
 # gives the candidates below the nodes of one level, best first, from the nodes' laws, their handles
 # and the depth of the candidates
 Weigh = Callable[[LawRows, Sequence[int], int], Candidates]
@@ -111,7 +112,7 @@ def grow_best_first(
     Args:
         law: the drafter's guess.
         root: where the tree starts.
-        budget: nodes and depth.
+        budget: nodes, depth and the least chance of a path.
         weigh: values the candidates of a level.
         max_depth: the deepest level, whatever the budget.
         width: the most nodes of a level that are expanded; None for all.
@@ -120,12 +121,13 @@ def grow_best_first(
     tokens, parents, handles, chances = [root.token], [-1], [0], [math.nan]
     values = np.zeros(1, np.float32)  # log value of each candidate's path, in order of creation
     frontier = [0]
+    least = math.log(budget.least_chance) if budget.least_chance else -math.inf
     for depth in range(1, min(budget.depth, max_depth) + 1 if budget.nodes else 1):
         asked = [handles[i] for i in frontier]
         rows = yield asked
         ids, log_values = weigh(rows, asked, depth)
         child_values = (values[frontier][:, None] + log_values).ravel()
-        kept = _survivors(values[1:], child_values, budget.nodes)
+        kept = _survivors(values[1:], child_values, budget.nodes, least)
         if not kept:
             break
         branching = ids.shape[1]
@@ -137,10 +139,12 @@ def grow_best_first(
             parents.append(parent)
             handles.append(law.extend(handles[parent], token))
         values = np.concatenate([values, child_values[kept]])
-        frontier = list(range(first, len(tokens)))
+        frontier = [i for i in range(first, len(tokens)) if values[i] + _LIKELY_CHILD >= least]
+        if not frontier:
+            break
         if width is not None and len(frontier) > width:
-            best = np.argsort(-values[first:], kind="stable")[:width]
-            frontier = sorted((best + first).tolist())
+            best = np.argsort(-values[frontier], kind="stable")[:width]
+            frontier = sorted(frontier[place] for place in best.tolist())
     order = np.argsort(-values[1:], kind="stable")[: budget.nodes]
     builder = TreeBuilder(root.token)
     places = {0: 0}
@@ -152,9 +156,11 @@ def grow_best_first(
     return builder.build()
 
 
-def _survivors(values: np.ndarray, child_values: np.ndarray, nodes: int) -> list[int]:
+def _survivors(
+    values: np.ndarray, child_values: np.ndarray, nodes: int, least: float
+) -> list[int]:
     """Returns the children that may still be among the best `nodes` of all candidates."""
-    keep = child_values > -np.inf
+    keep = (child_values > -np.inf) & (child_values >= least)
     merged = np.concatenate([values, child_values])
     if len(merged) > nodes:
         keep &= child_values >= np.partition(merged, -nodes)[-nodes]

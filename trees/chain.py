@@ -27,7 +27,7 @@ class Chain(BasePolicy):
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
         builder = TreeBuilder(root.token)
-        length = min(budget)
+        length = min(budget.nodes, budget.depth)
         if self._max_depth is not None:
             length = min(length, self._max_depth)
         node = 0

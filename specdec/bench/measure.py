@@ -255,7 +255,7 @@ class ShallowPolicy:
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree of the policy under a budget cut in depth."""
-        shallow = Budget(budget.nodes, min(budget.depth, self._max_depth))
+        shallow = budget._replace(depth=min(budget.depth, self._max_depth))
         return self._policy.grow(law, root, shallow, random)
 
     def observe(self, outcome: StepOutcome) -> None:

@@ -1,0 +1,170 @@
+"""Trees as large as measured costs and the acceptance so far say is worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from specdec.budget.chances import RealisedChances
+from specdec.budget.clock import DraftClock
+from specdec.budget.levels import Levels
+from specdec.budget.pauses import Pauses
+from specdec.cost import PassCost
+from specdec.trees.tree import DraftTree
+from specdec.types import Budget, StepOutcome
+
+_FIRST_NODES = 4
+_FEWEST_GROWN = 8
+_SLOPE_NODES = 8  # over which the cost of a node more is taken
+_HOPEFUL = 0.5  # of what a node costs it must be worth to be grown; what is scored is weighed again
+
+
+class AutoBudget:
+    """Scores as many nodes as give the most tokens a second, none if plain decoding is faster.
+
+    The chances that drafter and policy claim for the paths of a tree are taken for what they have
+    been worth (`specdec.budget.chances`). Paths that do not promise half of what a node costs are
+    not grown, which saves draft calls: most texts are worth one or two. The trees of a step are
+    then cut to the common width n that maximises (rows + expected accepted nodes) / (draft time +
+    t(rows x (n + 1), context)), where t is the time of the pass and of what the drafter learns from
+    each node. Slots behind the nodes (`DrafterNeeds.probes`) are rows of the pass like them.
+
+    Levels cost a draft call each, which is little for a table and much for a model: as many are
+    drafted as pay (`specdec.budget.levels`).
+
+    Growing and cutting by chance is lossless for nodes that are point masses or chosen with the
+    keyed noise: such a tree may depend on anything but the target's coins. Nodes drawn from a
+    law must not be cut by what they hold; use `FixedBudget` with those.
+
+    While drafts lose time on average the drafter is not asked, but for a try now and then that
+    costs no more than 1 % of the time (`specdec.budget.pauses`). A new or improving drafter gets
+    more nodes by doubling.
+
+    Source: the objective is that of Sequoia (arXiv 2402.12374, section 3.3) and SmartSpec (arXiv
+    2406.14066), per step and with n = 0 allowed.
+
+    Args:
+        cost: seconds of a pass.
+        max_nodes: the largest tree.
+        max_rows: the most rows of a pass, of all trees together, for the memory of their logits.
+        draft_seconds: what drafting a step costs, learning from it included; None to go by the
+            clock.
+        probes: slots behind every node.
+    """
+
+    def __init__(
+        self,
+        cost: PassCost,
+        max_nodes: int = 32,
+        max_rows: int = 1024,
+        draft_seconds: float | None = None,
+        probes: int = 0,
+    ) -> None:
+        self.setting: int | str = "auto"
+        self.max_nodes = max_nodes
+        self._cost = cost
+        self._max_rows = max_rows
+        self._rows_per_node = 1 + probes
+        self._clock = DraftClock(draft_seconds)
+        self._chances = RealisedChances()
+        self._levels = Levels(max_nodes)
+        self._pauses = Pauses()
+        self._pass_seconds = 0.0
+        self._allowed = _FIRST_NODES
+        self._last_width = _FIRST_NODES
+        self._asked = False
+
+    def allot(self, rows: Sequence[int], context: float) -> list[Budget]:
+        """Returns twice the nodes that were worth it last, within limits; none in a pause."""
+        grown = max(2 * self._last_width, _FEWEST_GROWN)
+        nodes = max(0, min(self.max_nodes, self._fitting(len(rows)), grown))
+        self._asked = nodes > 0 and not self._pauses.paused
+        if not self._asked:
+            if self._pauses.paused:
+                self._pauses.skip()
+            return [Budget(0, 0)] * len(rows)
+        depth = self._deepest()
+        if self._pauses.exploring:  # to learn what chances are worth, all of them are wanted
+            return [Budget(nodes, depth)] * len(rows)
+        base, more = self._step_seconds(len(rows) * np.array([1, 1 + _SLOPE_NODES]), context)
+        wanted = _HOPEFUL * (more / base - 1) / _SLOPE_NODES
+        return [Budget(nodes, depth, self._chances.least_claim(row, wanted)) for row in rows]
+
+    def drafts_next(self, num_rows: int) -> bool:
+        """Returns False in a pause, and for more rows than it has room for."""
+        return not self._pauses.paused and self._fitting(num_rows) > 0
+
+    def cut(
+        self, rows: Sequence[int], trees: Sequence[DraftTree], context: float, seconds: float
+    ) -> list[DraftTree]:
+        """Returns the trees without the nodes that are not worth their time."""
+        if not self._asked:
+            return list(trees)
+        widest = max(tree.num_drafted for tree in trees)
+        self._clock.drafted(max(1, *(max(tree.depth_list) for tree in trees)), seconds)
+        chances = [tree.path_chances[1:] for tree in trees]
+        orders = [np.argsort(-own, kind="stable") for own in chances]
+        expected = np.zeros((len(trees), widest + 1))
+        for place, (row, own, order) in enumerate(zip(rows, chances, orders, strict=True)):
+            gains = np.cumsum(self._chances.expected(row, own[order]))
+            expected[place, 1 : len(gains) + 1] = gains
+            expected[place, len(gains) + 1 :] = gains[-1] if len(gains) else 0.0
+        widths = np.arange(min(widest, self._allowed) + 1)
+        emitted = len(trees) + expected[:, widths].sum(axis=0)
+        passes = self._step_seconds(len(trees) * (widths + 1), context)
+        drafting = self._clock.draft_seconds
+        width = int(np.argmax(emitted / (drafting + passes)))
+        plain = float(self._step_seconds(np.array(len(trees)), context, probes=False))
+        explored = self._pauses.exploring and widest > 0
+        self._pauses.drafted(
+            gain=float(emitted[width]) / len(trees) * plain - float(passes[width]) - drafting,
+            # a try takes its pass, and the slots of the one before it
+            loss=drafting + float(passes[min(1, len(passes) - 1)] + passes[0]) - 2 * plain,
+            plain=plain,
+        )
+        width = max(width, 1) if explored else width
+        self._last_width = max(width, 1)
+        self._pass_seconds = float(passes[width])
+        return [
+            tree if tree.num_drafted <= width else tree.cut((1 + order[:width]).tolist())
+            for tree, order in zip(trees, orders, strict=True)
+        ]
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Counts which of the scored nodes became text."""
+        tree = outcome.tree
+        if tree.num_drafted == 0:
+            return
+        self._chances.observe(outcome)
+        accepted = len(outcome.path)
+        self._levels.observe(max(tree.depth_list), accepted)
+        if accepted and tree.num_drafted >= self._allowed:
+            self._allowed = min(2 * self._allowed, self.max_nodes)
+
+    def learned(self, num_rows: int, seconds: float) -> None:
+        """Notes what it took the drafter to learn from a pass over so many tree nodes."""
+        self._clock.learned(num_rows, seconds)
+
+    def stop(self, row: int) -> None:
+        """Drops a row's own record; another text may come under its number."""
+        self._chances.stop(row)
+
+    def _deepest(self) -> int:
+        """Returns the levels that are worth a draft call each; all where costs are given."""
+        level_seconds = self._clock.level_seconds
+        if not level_seconds:
+            return self.max_nodes
+        return self._levels.best(self._pass_seconds, level_seconds)
+
+    def _step_seconds(
+        self, nodes: np.ndarray, context: float, *, probes: bool = True
+    ) -> np.ndarray:
+        """Returns what it takes to score so many nodes, and to learn from them."""
+        rows_per_node = self._rows_per_node if probes else 1
+        seconds: np.ndarray = self._cost.of(nodes * rows_per_node, context)
+        return seconds + self._clock.learn_seconds * nodes
+
+    def _fitting(self, num_rows: int) -> int:
+        """Returns the most draft nodes a tree for which a pass has room."""
+        return self._max_rows // (max(num_rows, 1) * self._rows_per_node) - 1

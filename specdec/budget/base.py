@@ -1,0 +1,94 @@
+"""What the loop asks a budget, and the budget that is a number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from specdec.trees.tree import DraftTree
+from specdec.types import Budget, StepOutcome
+
+
+class NodeBudget(Protocol):
+    """Decides the size of the trees of one step.
+
+    Attributes:
+        setting: what statistics call it.
+        max_nodes: the most draft nodes it ever lets a tree have.
+    """
+
+    setting: int | str
+    max_nodes: int
+
+    def allot(self, rows: Sequence[int], context: float) -> list[Budget]:
+        """Returns what to grow for each row; no nodes: do not draft.
+
+        Args:
+            rows: the numbers of the rows.
+            context: mean tokens of the prefixes.
+        """
+        ...
+
+    def drafts_next(self, num_rows: int) -> bool:
+        """Returns whether the next step may draft: whether this pass should prepare a draft."""
+        ...
+
+    def cut(
+        self, rows: Sequence[int], trees: Sequence[DraftTree], context: float, seconds: float
+    ) -> list[DraftTree]:
+        """Returns the trees to score.
+
+        Args:
+            rows: the numbers of the rows.
+            trees: what was grown for them, after `allot`.
+            context: mean tokens of the prefixes.
+            seconds: what drafting took.
+        """
+        ...
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learns from a finished step of one row."""
+        ...
+
+    def learned(self, num_rows: int, seconds: float) -> None:
+        """Notes what it took the drafter to learn from a pass over so many tree nodes."""
+        ...
+
+    def stop(self, row: int) -> None:
+        """Forgets a row; another text may come under its number."""
+        ...
+
+
+class FixedBudget:
+    """The same number of nodes in every step.
+
+    Args:
+        nodes: draft nodes a tree, at least 1.
+    """
+
+    def __init__(self, nodes: int) -> None:
+        self.setting: int | str = nodes
+        self.max_nodes = nodes
+
+    def allot(self, rows: Sequence[int], context: float) -> list[Budget]:
+        """Returns the number for each row, as deep as a chain of so many nodes."""
+        return [Budget(self.max_nodes, self.max_nodes)] * len(rows)
+
+    def drafts_next(self, num_rows: int) -> bool:
+        """Returns True."""
+        return True
+
+    def cut(
+        self, rows: Sequence[int], trees: Sequence[DraftTree], context: float, seconds: float
+    ) -> list[DraftTree]:
+        """Returns the trees as they are."""
+        return list(trees)
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learns nothing."""
+
+    def learned(self, num_rows: int, seconds: float) -> None:
+        """Has no use for it."""
+
+    def stop(self, row: int) -> None:
+        """Has nothing to forget."""
