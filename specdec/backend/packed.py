@@ -22,9 +22,10 @@ from specdec.backend.linear_formats import FORMATS, PackedWeight
 from specdec.errors import ConfigError
 
 _SMALLEST = 1 << 16  # entries of a weight below which a call costs more than its products
-_TIMED_ROWS = (1, 8)
-_TIMED_WEIGHTS = 3  # of one shape, in turn, so that the caches of the CPU do not hold them all
+_TIMED_ROWS = (1, 4, 8)
+_TIMED_WEIGHTS = 8  # of one shape, in turn, so that the caches of the CPU do not hold them all
 _REPEATS = 5
+_TIE = 1.1  # within which a packed layout is taken before `linear`, so that noise seldom decides
 _TOLERANCE = 1e-5  # of a packed product, relative to the largest one
 _SHARE_OF_MEMORY = 0.5  # of what is free, that packed weights may take unasked
 
@@ -312,7 +313,7 @@ def _fastest(groups: Sequence[_Group]) -> str | None:
         for way, runs in ways.items():
             taken = [_seconds(runs, rows) for rows in inputs]
             best[way] = [min(a, b) for a, b in zip(best[way], taken, strict=True)]
-    return min(best, key=lambda name: sum(best[name]))
+    return min(best, key=lambda name: sum(best[name]) * (_TIE if name is None else 1.0))
 
 
 def _seconds(runs: Sequence[Callable[[Tensor], Tensor]], rows: Tensor) -> float:
