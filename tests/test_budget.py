@@ -15,14 +15,17 @@ import torch
 from specdec import SpeculativeGenerator
 from specdec.backend.probe import probed
 from specdec.budget import AutoBudget
+from specdec.budget.chances import RealisedChances
+from specdec.budget.levels import Levels
+from specdec.budget.pauses import Pauses
 from specdec.cost import PassCost, measure, pass_cost
 from specdec.drafters.base import BaseDrafter
 from specdec.errors import ConfigError, TreeError
-from specdec.budget.levels import Levels
 from specdec.trees.tree import DraftTree
 from specdec.types import DraftContext, DraftLaw, LawRows, StepOutcome
 
 CHEAP = PassCost(rows=(1, 65), contexts=(64,), seconds=((1.0, 1.6),))
+MIDDLING = PassCost(rows=(1, 65), contexts=(64,), seconds=((1.0, 7.4),))  # a tenth for a row
 LINEAR = PassCost(rows=(1, 65), contexts=(64,), seconds=((1.0, 65.0),))
 
 
@@ -160,6 +163,46 @@ def test_a_cold_first_draft_is_soon_forgotten() -> None:
         budget.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
         widths.append(tree.num_drafted)
     assert np.mean(widths[8:]) >= 3
+
+
+def test_what_is_grown_must_promise_what_a_node_costs() -> None:
+    least = [AutoBudget(cost).allot([0], 64)[0].least_chance for cost in (CHEAP, MIDDLING, LINEAR)]
+    assert 0.0 <= least[0] < 0.02 < least[1] < 0.5 < least[2]
+    budget = AutoBudget(MIDDLING, draft_seconds=0.0)
+    for step in range(30):  # a sixth of what is claimed comes true: more must be claimed
+        budget.allot([0], 64)
+        (tree,) = budget.cut([0], [chain(1, 0.9)], 64, 0.0)
+        path = [1] if tree.num_drafted and step % 6 == 0 else []
+        budget.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
+    assert budget.allot([1], 64)[0].least_chance > least[1]
+
+
+def test_a_bucket_of_which_little_is_known_goes_by_all_claims() -> None:
+    chances = RealisedChances()
+    first = chances.expected(1, np.array([0.1, 0.9]))
+    for step in range(40):
+        path = [1] if step % 10 == 0 else []
+        tree = chain(1, 0.9)
+        chances.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
+    later = chances.expected(1, np.array([0.1, 0.9]))
+    assert later[1] < 0.25 < first[1]
+    assert later[0] < 0.5 * first[0]  # never scored, and yet thought less of
+
+
+def test_pauses_get_longer_and_end_with_a_gain() -> None:
+    pauses = Pauses()
+    lengths = []
+    for _ in range(9):
+        pauses.drafted(gain=-0.02, loss=0.08, plain=1.0)
+        lengths.append(0)
+        while pauses.paused:
+            pauses.skip()
+            lengths[-1] += 1
+    assert lengths == [0, 0, 1, 2, 4, 4, 4, 4, 4]
+    assert pauses.exploring
+    pauses.drafted(gain=1.0, loss=0.08, plain=1.0)
+    assert not pauses.exploring
+    assert not pauses.paused
 
 
 def test_a_batch_has_one_width_and_the_likeliest_nodes() -> None:

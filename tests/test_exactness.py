@@ -433,6 +433,7 @@ def coupled_loops(vocab_size: int, target: ToyTarget) -> Iterator[ToyLoop]:
         *((Static(UNEVEN, draw), Budget(5, 4)) for draw in Draw),
         (Static(draw=Draw.COUPLED), Budget(40, 3)),
         (CoupledBestFirst(), Budget(6, 3)),
+        (CoupledBestFirst(), Budget(6, 3, least_chance=0.3)),
         (CoupledBestFirst(max_branching=1), Budget(4, 4)),
         (BestFirst(), Budget(9, 4)),
         (BestFirst(), Budget(1, 1)),

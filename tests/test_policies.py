@@ -76,6 +76,7 @@ POLICIES = {
     "chain of draws": (Chain(Draw.IID), Budget(3, 3)),
     "chain": (Chain(), Budget(3, 3)),
     "best_first": (BestFirst(), Budget(3, 3)),
+    "best_first, the hopeless left out": (BestFirst(), Budget(4, 3, least_chance=0.25)),
 }
 VERIFIERS = (Match(), Rejection(), Traversal(), SpecTr(), Block(), Coupled())
 
@@ -254,9 +255,32 @@ class RerankedDySpec(DySpecLayered):
         )
 
 
+class UnlikelyDropped(Chain):
+    """MUTANT: goes by the least chance for drawn nodes, and so looks at what they hold."""
+
+    def grow(self, law, root, budget, random):
+        tree = yield from super().grow(law, root, budget, random)
+        chance, kept = 0.0, []
+        for node in range(1, len(tree)):
+            row, token = tree.q_row_list[node], tree.token_list[node]
+            ids = None if tree.q.ids is None else tree.q.ids[row]
+            index = token if ids is None else int((ids == token).nonzero()[0])
+            chance += float(tree.q.log_probs[row, index])
+            if chance < math.log(budget.least_chance):
+                break
+            kept.append(node)
+        return tree.cut(kept)
+
+
 @pytest.mark.parametrize(
     ("policy", "verifier", "budget"),
     [
+        pytest.param(
+            UnlikelyDropped(Draw.IID),
+            Rejection(),
+            Budget(2, 2, least_chance=0.3),
+            id="unlikely draws dropped",
+        ),
         pytest.param(
             Chain(Draw.IID), StopsAtFirstFailure(), Budget(3, 3), id="block, first failure"
         ),
@@ -270,6 +294,42 @@ class RerankedDySpec(DySpecLayered):
 def test_mutants_are_caught(policy, verifier, budget) -> None:
     errors = [loop_over(policy, verifier, budget, seed).error(PREFIX, [budget]) for seed in (0, 1)]
     assert max(errors) > 1e-4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_paths_below_the_least_chance_are_not_grown(seed) -> None:
+    draft, least = ToyDraft(5, seed), 0.12
+    everything = grow(BestFirst(), draft, Budget(12, 4))
+    promising = grow(BestFirst(), draft, Budget(12, 4, least))
+    assert 0 < promising.num_drafted < everything.num_drafted
+    assert min(promising.path_chances[1:]) >= least
+
+
+def test_nothing_is_asked_below_nodes_whose_children_hardly_promise_enough() -> None:
+    def levels_asked(least: float) -> int:
+        asked, law = 0, ToyDraft(5, 2).law(PREFIX)
+
+        def expand(requests):
+            nonlocal asked
+            asked += 1
+            return [one.rows(handles) for one, handles in requests]
+
+        budget = Budget(12, 8, least)
+        plan = BestFirst().grow(law, Root(PREFIX[-1], 0), budget, row_streams(0, 0).draft)
+        tree = grow_trees([(law, plan)], expand)[0]
+        assert asked >= max(tree.depth_list)
+        return asked
+
+    assert levels_asked(0.45) == 1 < levels_asked(0.15) < levels_asked(0.0)
+
+
+def test_drawn_trees_do_not_look_at_the_least_chance() -> None:
+    for policy in (Chain(Draw.IID), DySpec(), DySpecLayered(), RsdC([2, 1]), Sequoia(), Iid(2)):
+        trees = [
+            grow(policy, ToyDraft(4, 1), budget, row_streams(5, 0).draft)
+            for budget in (Budget(4, 2), Budget(4, 2, least_chance=0.5))
+        ]
+        assert trees[0].token_list == trees[1].token_list
 
 
 # --------------------------------------------------------------------------- acceptance

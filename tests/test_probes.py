@@ -210,7 +210,7 @@ def test_a_budget_counts_their_rows() -> None:
             path = list(range(1, min(tree.num_drafted, 3) + 1))
             budget.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
         widths.append(tree.num_drafted)
-    assert widths == [2, 0]
+    assert widths == [3, 0]
     # 64 rows are 16 nodes with three slots each, the root among them
     roomy = AutoBudget(LINEAR, max_rows=64, probes=3)
     assert [roomy.allot(range(n), 64)[0].nodes for n in (1, 4, 8, 17)] == [8, 3, 1, 0]

@@ -156,9 +156,7 @@ def grow_best_first(
     return builder.build()
 
 
-def _survivors(
-    values: np.ndarray, child_values: np.ndarray, nodes: int, least: float
-) -> list[int]:
+def _survivors(values: np.ndarray, child_values: np.ndarray, nodes: int, least: float) -> list[int]:
     """Returns the children that may still be among the best `nodes` of all candidates."""
     keep = (child_values > -np.inf) & (child_values >= least)
     merged = np.concatenate([values, child_values])

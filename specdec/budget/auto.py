@@ -38,7 +38,7 @@ class AutoBudget:
     law must not be cut by what they hold; use `FixedBudget` with those.
 
     While drafts lose time on average the drafter is not asked, but for a try now and then that
-    costs no more than 1 % of the time (`specdec.budget.pauses`). A new or improving drafter gets
+    costs no more than 2 % of the time (`specdec.budget.pauses`). A new or improving drafter gets
     more nodes by doubling.
 
     Source: the objective is that of Sequoia (arXiv 2402.12374, section 3.3) and SmartSpec (arXiv
@@ -147,8 +147,9 @@ class AutoBudget:
         self._clock.learned(num_rows, seconds)
 
     def stop(self, row: int) -> None:
-        """Drops a row's own record; another text may come under its number."""
+        """Drops a row's own record; another text may come, which is worth a try."""
         self._chances.stop(row)
+        self._pauses.resume()
 
     def _deepest(self) -> int:
         """Returns the levels that are worth a draft call each; all where costs are given."""

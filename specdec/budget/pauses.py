@@ -6,13 +6,13 @@ import math
 
 _RATE = 0.15  # of the running mean
 _PATIENCE = 3  # drafts at a loss before drafting is left out
-_EXPLORATION = 0.01  # of the time, to learn whether a drafter that does not pay pays again
+_EXPLORATION = 0.02  # of the time, to learn whether a drafter that does not pay pays again
 
 
 class Pauses:
     """Leaves out drafting while drafts, on average, lose time; tries again after longer pauses.
 
-    The pauses double, up to where a try takes 1 % of the time between tries. One good draft ends
+    The pauses double, up to where a try takes 2 % of the time between tries. One good draft ends
     them if it gains more than the bad ones lost.
     """
 
@@ -34,6 +34,10 @@ class Pauses:
     def skip(self) -> None:
         """Counts a step of the pause."""
         self._left -= 1
+
+    def resume(self) -> None:
+        """Ends a pause: another text begins, of which nothing is known."""
+        self._left = 0
 
     def drafted(self, gain: float, loss: float, plain: float) -> None:
         """Weighs a draft.
