@@ -36,7 +36,7 @@ class BaseDrafter:
         """Answers each law by itself; a drafter with a model overrides this with one pass."""
         return [law.rows(handles) for law, handles in requests]
 
-    def observe(self, outcome: StepOutcome) -> None:
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Learns from a finished step."""
 
     def stop(self, row: int) -> None:

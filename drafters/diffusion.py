@@ -125,13 +125,14 @@ class Diffusion(BlockDrafter):
             self._check_width(features)
         self._contexts.start(row, len(prompt) - known, features)
 
-    def observe(self, outcome: StepOutcome) -> None:
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Notes the features of the root and of the nodes that became text."""
-        if outcome.features is None:
-            raise ConfigError("diffusion needs the target's features, and the step has none")
-        self._check_width(outcome.features)
-        kept = [0, *outcome.path][: len(outcome.emitted)]
-        self._contexts.note(outcome.row, outcome.features[kept])
+        for outcome in outcomes:
+            if outcome.features is None:
+                raise ConfigError("diffusion needs the target's features, and the step has none")
+            self._check_width(outcome.features)
+            kept = [0, *outcome.path][: len(outcome.emitted)]
+            self._contexts.note(outcome.row, outcome.features[kept])
 
     def stop(self, row: int) -> None:
         """Forgets the row."""

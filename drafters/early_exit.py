@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,9 +72,10 @@ class EarlyExit(ModelDrafter):
         self._vocabulary = SharedVocabulary(target.vocab_size, target.vocab_size)
         self._whole = target.model
 
-    def observe(self, outcome: StepOutcome) -> None:
-        """Forgets the step's law; what became text is in the target's cache."""
-        self._laws.pop(outcome.row, None)
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
+        """Forgets the step's laws; what became text is in the target's cache."""
+        for outcome in outcomes:
+            self._laws.pop(outcome.row, None)
 
     def reset(self) -> None:
         """Drops all rows; there is nothing learned."""

@@ -103,17 +103,22 @@ class Hybrid(LearningDrafter):
             law.mix(handles, rows) for (law, handles), rows in zip(own, by_request, strict=True)
         ]
 
-    def observe(self, outcome: StepOutcome) -> None:
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Moves the weights towards the sources that were right; then the sources learn."""
-        law = self._laws.pop(outcome.row, None)
-        handles = outcome.tree.handles
-        if law is not None and handles is not None:
-            for node, token in zip([0, *outcome.path], outcome.emitted, strict=False):
-                if handles[node] in law.mixtures:
-                    self._learn(law.mixtures[handles[node]], token)
+        for outcome in outcomes:
+            law = self._laws.pop(outcome.row, None)
+            handles = outcome.tree.handles
+            if law is not None and handles is not None:
+                for node, token in zip([0, *outcome.path], outcome.emitted, strict=False):
+                    if handles[node] in law.mixtures:
+                        self._learn(law.mixtures[handles[node]], token)
         for source in self.sources:
-            own = self._features_for(source, outcome.features)
-            source.observe(replace(outcome, features=own))
+            source.observe(
+                [
+                    replace(outcome, features=self._features_for(source, outcome.features))
+                    for outcome in outcomes
+                ]
+            )
 
     def stop(self, row: int) -> None:
         """Ends the row in every source."""

@@ -141,11 +141,12 @@ class LexicalUnit(BaseDrafter):
             self._run_slots()
         return [cast("UnitLaw", law).rows(handles) for law, handles in requests]
 
-    def observe(self, outcome: StepOutcome) -> None:
-        """Keeps what the slots behind the last accepted node say."""
-        self._asked.pop(outcome.row, None)
-        last = outcome.path[-1] if outcome.path else 0
-        self._keep(outcome.row, None if outcome.probes is None else outcome.probes[last])
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
+        """Keeps what the slots behind the last accepted nodes say."""
+        for outcome in outcomes:
+            self._asked.pop(outcome.row, None)
+            last = outcome.path[-1] if outcome.path else 0
+            self._keep(outcome.row, None if outcome.probes is None else outcome.probes[last])
 
     def stop(self, row: int) -> None:
         """Forgets the row's slots."""

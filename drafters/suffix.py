@@ -112,8 +112,12 @@ class Suffix(LearningDrafter):
         text = self._rows.get(row)
         return max((length for _, length in text.matches), default=0) if text else 0
 
-    def observe(self, outcome: StepOutcome) -> None:
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then indexes what was written."""
+        for outcome in outcomes:
+            self._read(outcome)
+
+    def _read(self, outcome: StepOutcome) -> None:
         text = self._rows.get(outcome.row)
         if text is None or text.law is None:
             return  # nothing was asked for this step; the next law reads what it missed

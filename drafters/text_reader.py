@@ -26,14 +26,15 @@ class TextReader(ModelDrafter, ABC):
         """Begins a row; the draft model reads the prompt when the first tree is wanted."""
         self._waiting.append(row)
 
-    def observe(self, outcome: StepOutcome) -> None:
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Notes which of the drafted nodes became text."""
-        law = self._laws.pop(outcome.row, None)
-        if law is not None:
-            run = law.run_along(outcome.tree, outcome.path)
-            places = [law.places[handle] for handle in run]
-            tokens = [self._vocabulary.draft_token(law.tokens[handle]) for handle in run]
-            self._kept[outcome.row] = places, tokens
+        for outcome in outcomes:
+            law = self._laws.pop(outcome.row, None)
+            if law is not None:
+                run = law.run_along(outcome.tree, outcome.path)
+                places = [law.places[handle] for handle in run]
+                tokens = [self._vocabulary.draft_token(law.tokens[handle]) for handle in run]
+                self._kept[outcome.row] = places, tokens
 
     def stop(self, row: int) -> None:
         """Takes the row out of the draft model's batch."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.learning import LearnedState, LearningDrafter
+from specdec.drafters.scored_nodes import ScoredNodes
 from specdec.errors import ConfigError, StateError
-from specdec.kernels.top_k_rows import top_k_rows
 from specdec.types import (
     DraftContext,
     DrafterNeeds,
@@ -92,20 +92,15 @@ class TokenRecycling(LearningDrafter):
         log_probs[ids < 0] = -np.inf
         return LawRows(torch.from_numpy(log_probs), torch.from_numpy(ids.astype(np.int64)))
 
-    def observe(self, outcome: StepOutcome) -> None:
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then recycles every node's logits."""
-        tree = outcome.tree
-        visited = [0, *outcome.path][: len(outcome.emitted)]
-        tokens = [tree.token_list[node] for node in visited]
-        ids = self._successors[tokens]
-        self._calibration.record(self._log_shares[tokens], ids, np.asarray(outcome.emitted))
-        values, best = top_k_rows(outcome.logits[: len(tree)], self._k)
-        # shallow first, the accepted path last: the row with the truest context stays
-        on_path = {0, *outcome.path}
-        order = sorted(range(len(tree)), key=lambda n: (n in on_path, tree.depth_list[n]))
-        self._write(
-            [tree.token_list[node] for node in order], best[order].cpu(), values[order].cpu()
+        scored = ScoredNodes.of(outcomes, self._k)
+        visited = scored.tokens[scored.visited]
+        self._calibration.record(
+            self._log_shares[visited], self._successors[visited], scored.emitted
         )
+        order = scored.order
+        self._write(scored.tokens[order].tolist(), scored.ids[order], scored.logits[order])
 
     def reset(self) -> None:
         """Forgets the matrix and the calibration."""

@@ -16,8 +16,8 @@ from specdec.drafters.calibration import Calibration
 from specdec.drafters.counted_rows import counted_rows, triples_of
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
+from specdec.drafters.scored_nodes import ScoredNodes
 from specdec.errors import ConfigError, StateError
-from specdec.kernels.top_k_rows import top_k_rows
 from specdec.types import (
     DraftContext,
     DrafterNeeds,
@@ -187,26 +187,21 @@ class Trigram(LearningDrafter):
         successors = torch.from_numpy(ids.take(order).astype(np.int64))
         return LawRows(torch.from_numpy(log_chances), successors), known
 
-    def observe(self, outcome: StepOutcome) -> None:
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then stores every node's logits."""
-        tree, emitted = outcome.tree, np.asarray(outcome.emitted)
-        seconds = np.array(tree.token_list)
-        firsts = np.append(
-            self._before.get(outcome.row, NO_TOKEN), seconds[np.array(tree.parent_list[1:], int)]
-        )
-        visited = [0, *outcome.path][: len(emitted)]
+        scored = ScoredNodes.of(outcomes, self._k)
+        before = [self._before.get(outcome.row, NO_TOKEN) for outcome in outcomes]
+        firsts, seconds = scored.tokens_above(before), scored.tokens
+        visited, emitted, order = scored.visited, scored.emitted, scored.order
         ids, log_shares, known = self._guesses(firsts[visited], seconds[visited])
         own, rest, unknown = slice(self._k), slice(self._k, None), ~known
         pair, single, beside = self._calibrations
         pair.record(log_shares[known, own], ids[known, own], emitted[known])
         single.record(log_shares[unknown, own], ids[unknown, own], emitted[unknown])
         beside.record(log_shares[known, rest], ids[known, rest], emitted[known])
-        values, best = top_k_rows(outcome.logits[: len(tree)], self._k)
-        # shallow first, the accepted path last: the row with the truest context stays
-        on_path = {0, *outcome.path}
-        order = sorted(range(len(tree)), key=lambda n: (n in on_path, tree.depth_list[n]))
-        self._write(firsts[order], seconds[order], best[order].cpu(), values[order].cpu())
-        self._before[outcome.row] = [tree.token_list[0], *outcome.emitted][-2]
+        self._write(firsts[order], seconds[order], scored.ids[order], scored.logits[order])
+        for outcome in outcomes:
+            self._before[outcome.row] = [outcome.tree.token_list[0], *outcome.emitted][-2]
 
     def stop(self, row: int) -> None:
         """Forgets which token stood before the row's root."""
@@ -279,8 +274,13 @@ class Trigram(LearningDrafter):
     def _write(self, firsts: np.ndarray, seconds: np.ndarray, ids: Tensor, logits: Tensor) -> None:
         shares = torch.log_softmax(logits.float(), dim=-1).to(torch.float16).numpy()
         successors = ids.numpy().astype(np.int32)
-        self._store.write(firsts, seconds, successors, shares)
-        self._store.write(np.full(len(seconds), NO_TOKEN), seconds, successors, shares)
+        # under the pairs, then under the single tokens
+        self._store.write(
+            np.concatenate([firsts, np.full(len(seconds), NO_TOKEN)]),
+            np.concatenate([seconds, seconds]),
+            np.concatenate([successors, successors]),
+            np.concatenate([shares, shares]),
+        )
 
 
 class _PairLaw:

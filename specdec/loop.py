@@ -205,9 +205,9 @@ class DecodeLoop:
         if self._parts.drafter is not None:
             with self._stats.timed("observe"):
                 begin = time.perf_counter()
-                for place, step in enumerate(steps):
-                    outcome = _outcome(step, scores, place)
-                    self._parts.drafter.observe(outcome)
+                outcomes = [_outcome(step, scores, place) for place, step in enumerate(steps)]
+                self._parts.drafter.observe(outcomes)
+                for outcome in outcomes:
                     self._parts.policy.observe(outcome)
                     self._parts.budget.observe(outcome)
                 nodes = sum(len(step.tree) for step in steps)

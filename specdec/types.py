@@ -296,8 +296,8 @@ class Drafter(Protocol):
         """Answers what the trees of a batch want next; a model does it in one batched pass."""
         ...
 
-    def observe(self, outcome: StepOutcome) -> None:
-        """Learns from a finished step; called once a step and row, root-only trees included."""
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
+        """Learns from a finished step, one outcome for each row; root-only trees included."""
         ...
 
     def stop(self, row: int) -> None:

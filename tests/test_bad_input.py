@@ -759,7 +759,7 @@ class FailingDrafter(tiny.Oracle):
         self._maybe_fail("expand")
         return super().expand(requests)
 
-    def observe(self, outcome: Any) -> None:
+    def observe(self, outcomes: Any) -> None:
         self._maybe_fail("observe")
 
     def stop(self, row: int) -> None:

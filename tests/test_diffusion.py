@@ -51,9 +51,9 @@ class Noting(Diffusion):
             self.noted.append((list(law.text[: law.length]), block, guess.logits))
         return guesses
 
-    def observe(self, outcome: StepOutcome) -> None:
-        super().observe(outcome)
-        self.nodes += len(outcome.path)
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
+        super().observe(outcomes)
+        self.nodes += sum(len(outcome.path) for outcome in outcomes)
 
 
 def features_of(model: Any, tokens: Sequence[int], layers: Sequence[int]) -> torch.Tensor:

@@ -84,7 +84,7 @@ class TestTokenRecycling:
         for node, tokens in enumerate(favourites):
             for rank, token in enumerate(tokens):
                 logits[node, token] = 5.0 - rank
-        drafter.observe(StepOutcome(0, tree, path, emitted, logits))
+        drafter.observe([StepOutcome(0, tree, path, emitted, logits)])
 
     def test_every_node_is_recycled_accepted_or_not(self):
         drafter = self.attached()
@@ -127,7 +127,7 @@ class TestTokenRecycling:
         for token in range(VOCAB):
             logits = 4 * torch.randn(1, VOCAB, generator=generator)
             tree = DraftTree.root_only(token)
-            drafter.observe(StepOutcome(0, tree, [], [int(logits.argmax())], logits))
+            drafter.observe([StepOutcome(0, tree, [], [int(logits.argmax())], logits)])
         rows = drafter.rows_of(range(VOCAB))
         assert (rows.log_probs.diff(dim=1) <= 0).all()
         assert (rows.log_probs.exp().sum(dim=1) <= 1 + 1e-6).all()

@@ -31,13 +31,14 @@ class Reader(PromptLookup):
         assert prompt_rows.ids.shape[1] == self.needs.prompt_top_k
         self.features[row] = [prompt_rows.features]
 
-    def observe(self, outcome: StepOutcome) -> None:
-        super().observe(outcome)
-        assert outcome.features is not None
-        assert len(outcome.features) == len(outcome.tree)
-        self.num_drafted += len(outcome.path)
-        kept = [0, *outcome.path][: len(outcome.emitted)]
-        self.features[outcome.row].append(outcome.features[kept])
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
+        super().observe(outcomes)
+        for outcome in outcomes:
+            assert outcome.features is not None
+            assert len(outcome.features) == len(outcome.tree)
+            self.num_drafted += len(outcome.path)
+            kept = [0, *outcome.path][: len(outcome.emitted)]
+            self.features[outcome.row].append(outcome.features[kept])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])

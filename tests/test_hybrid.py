@@ -35,8 +35,8 @@ class Table(BaseDrafter):
     def law(self, context: DraftContext) -> DraftLaw:
         return _TableLaw(self)
 
-    def observe(self, outcome: StepOutcome) -> None:
-        self.seen.append(outcome)
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
+        self.seen += outcomes
 
 
 class _TableLaw:
@@ -95,7 +95,7 @@ def test_the_source_that_is_right_gains_weight_where_it_was_as_sure() -> None:
     first, second = Table("first", {3: 0.7}), Table("second", {4: 0.7})
     hybrid = Hybrid([first, second])
     for _ in range(300):
-        hybrid.observe(outcome(hybrid.law(DraftContext(0, [1], 5)), 4))
+        hybrid.observe([outcome(hybrid.law(DraftContext(0, [1], 5)), 4)])
     rows = hybrid.law(DraftContext(0, [1], 5)).rows([0])
     assert rows.ids[0, 0] == 4
     assert rows.log_probs[0, 0].exp() > 0.69
@@ -108,7 +108,7 @@ def test_the_source_that_is_right_gains_weight_where_it_was_as_sure() -> None:
 def test_a_token_that_nobody_named_teaches_nothing() -> None:
     hybrid = Hybrid([Table("first", {3: 0.7}), Table("second", {4: 0.7})])
     before = hybrid.state().arrays["mixture/weights"].copy()
-    hybrid.observe(outcome(hybrid.law(DraftContext(0, [1], 5)), 9))
+    hybrid.observe([outcome(hybrid.law(DraftContext(0, [1], 5)), 9)])
     assert np.array_equal(before, hybrid.state().arrays["mixture/weights"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -197,15 +198,16 @@ class Spy(LexicalUnit):
         self.texts[context.row] = list(context.tokens)
         return super().law(context)
 
-    def observe(self, outcome: StepOutcome) -> None:
-        tree = outcome.tree
-        if tree.num_drafted:
-            chain, node = [], 0
-            while tree.children[node]:
-                node = tree.children[node][0]
-                chain.append(tree.token_list[node])
-            self.drafts.append((self.texts[outcome.row], chain))
-        super().observe(outcome)
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
+        for outcome in outcomes:
+            tree = outcome.tree
+            if tree.num_drafted:
+                chain, node = [], 0
+                while tree.children[node]:
+                    node = tree.children[node][0]
+                    chain.append(tree.token_list[node])
+                self.drafts.append((self.texts[outcome.row], chain))
+        super().observe(outcomes)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

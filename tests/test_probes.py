@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -243,11 +244,12 @@ class Watcher(PromptLookup):
         super().attach(target)
         self.needs = DrafterNeeds(probes=slot_vectors(target.model))
 
-    def observe(self, outcome: StepOutcome) -> None:
-        super().observe(outcome)
-        self.steps.append(outcome.probes is not None)
-        if outcome.probes is not None:
-            assert outcome.probes.shape == (len(outcome.tree), SLOTS, tiny.VOCAB)
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
+        super().observe(outcomes)
+        for outcome in outcomes:
+            self.steps.append(outcome.probes is not None)
+            if outcome.probes is not None:
+                assert outcome.probes.shape == (len(outcome.tree), SLOTS, tiny.VOCAB)
 
 
 @pytest.mark.parametrize("node_budget", [4, "auto"])

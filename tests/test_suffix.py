@@ -201,7 +201,7 @@ def write(drafter: Suffix, prompt: list[int], output: list[int], row: int = 0) -
     for token in output[1:]:
         drafter.law(context(text, row))
         tree = DraftTree.root_only(text[-1])
-        drafter.observe(StepOutcome(row, tree, [], [token], torch.zeros(1, VOCAB)))
+        drafter.observe([StepOutcome(row, tree, [], [token], torch.zeros(1, VOCAB))])
         text.append(token)
     drafter.stop(row)
 
@@ -281,7 +281,7 @@ def test_a_law_does_not_change_while_other_rows_learn() -> None:
     assert chances(other)
     for _ in range(3):
         drafter.law(context([4, 5, 4], row=1))
-        drafter.observe(StepOutcome(1, DraftTree.root_only(4), [], [5], torch.zeros(1, VOCAB)))
+        drafter.observe([StepOutcome(1, DraftTree.root_only(4), [], [5], torch.zeros(1, VOCAB))])
     assert chances(first) == before
 
 
@@ -292,7 +292,7 @@ def test_chances_are_learned() -> None:
     for _ in range(30):  # what followed before never follows again
         drafter.start(1, (), None)
         drafter.law(context(text, row=1))
-        drafter.observe(StepOutcome(1, DraftTree.root_only(3), [], [4], torch.zeros(1, VOCAB)))
+        drafter.observe([StepOutcome(1, DraftTree.root_only(3), [], [4], torch.zeros(1, VOCAB))])
     drafter.start(0, (), None)
     assert chances(drafter.law(context(text)))[9] < 0.6 * before
 
@@ -368,7 +368,7 @@ def test_a_row_is_forgotten_when_it_stops_or_starts_anew() -> None:
 def test_a_step_without_a_law_is_read_later() -> None:
     drafter = attached()
     drafter.start(0, (1, 2, 3), None)
-    drafter.observe(StepOutcome(0, DraftTree.root_only(3), [], [1], torch.zeros(1, VOCAB)))
+    drafter.observe([StepOutcome(0, DraftTree.root_only(3), [], [1], torch.zeros(1, VOCAB))])
     law = drafter.law(context([1, 2, 3, 1]))
     assert next(iter(chances(law))) == 2
 

@@ -53,7 +53,7 @@ def observe(
     for node, tokens in enumerate(favourites):
         for rank, token in enumerate(tokens):
             logits[node, token] = 5.0 - 2.0 * rank
-    drafter.observe(StepOutcome(row, tree, path, emitted, logits))
+    drafter.observe([StepOutcome(row, tree, path, emitted, logits)])
 
 
 TREE = DraftTree.from_lists([1, 2, 3], [-1, 0, 0])
@@ -152,7 +152,7 @@ def test_rows_fall_name_no_token_twice_and_never_exceed_one() -> None:
         tokens = torch.randint(0, VOCAB, (4,), generator=generator).tolist()
         logits = 4 * torch.randn(4, VOCAB, generator=generator)
         tree = DraftTree.from_lists(tokens, [-1, 0, 1, 2])
-        drafter.observe(StepOutcome(0, tree, [], [int(logits[0].argmax())], logits))
+        drafter.observe([StepOutcome(0, tree, [], [int(logits[0].argmax())], logits)])
     firsts, seconds = np.divmod(np.arange(VOCAB**2), VOCAB)
     rows, known = drafter.rows_of(firsts, seconds)
     assert rows.ids is not None

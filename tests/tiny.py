@@ -233,8 +233,8 @@ class Oracle(BaseDrafter):
         written = len(context.tokens) - self._prompt_length[context.row]
         return _OracleLaw(self._texts[context.row], written, self._gap)
 
-    def observe(self, outcome: StepOutcome) -> None:
-        self.outcomes.append(outcome)
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
+        self.outcomes += outcomes
 
     def stop(self, row: int) -> None:
         self._prompt_length.pop(row, None)

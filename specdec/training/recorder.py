@@ -46,8 +46,12 @@ class Recorder(BaseDrafter):
         """Returns a law that names no token."""
         return _Silence()
 
-    def observe(self, outcome: StepOutcome) -> None:
-        """Keeps the root's features and the law behind it."""
+    def observe(self, outcomes: Sequence[StepOutcome]) -> None:
+        """Keeps the features of the roots and the laws behind them."""
+        for outcome in outcomes:
+            self._keep(outcome)
+
+    def _keep(self, outcome: StepOutcome) -> None:
         record = self._rows[outcome.row]
         if not record.ids:  # the prefill wrote the first token
             record.tokens.append(outcome.tree.token_list[0])

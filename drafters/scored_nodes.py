@@ -1,0 +1,73 @@
+"""What the target said of every node of a step, for drafters that keep its guesses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specdec.kernels.top_k_rows import top_k_rows
+from specdec.types import StepOutcome
+
+
+class ScoredNodes(NamedTuple):
+    """The nodes of the trees of a step, one tree behind the other.
+
+    Attributes:
+        tokens: ``[n]`` int64, of each node.
+        parents: ``[n]`` int64, places of the parents; -1 for the roots.
+        visited: ``[m]`` int64, places of the nodes after which a token became text.
+        emitted: ``[m]`` int64, these tokens.
+        order: ``[n]`` int64, in which rows of equal keys may overwrite each other: within a tree
+            shallow nodes first and the accepted path last, as its context is the truest.
+        ids: ``[n, k]`` int64 on the CPU, the target's likeliest tokens behind each node.
+        logits: ``[n, k]`` on the CPU, theirs.
+    """
+
+    tokens: np.ndarray
+    parents: np.ndarray
+    visited: np.ndarray
+    emitted: np.ndarray
+    order: np.ndarray
+    ids: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, outcomes: Sequence[StepOutcome], k: int) -> ScoredNodes:
+        """Returns the nodes of all rows, with the k likeliest tokens behind each."""
+        tokens: list[int] = []
+        parents: list[int] = []
+        visited: list[int] = []
+        emitted: list[int] = []
+        order: list[int] = []
+        for outcome in outcomes:
+            tree, first = outcome.tree, len(tokens)
+            tokens += tree.token_list
+            parents += [-1, *(first + parent for parent in tree.parent_list[1:])]
+            path = [first + node for node in (0, *outcome.path)]
+            visited += path[: len(outcome.emitted)]
+            emitted += outcome.emitted
+            depths, on_path = tree.depth_list, set(path)
+            places = range(first, len(tokens))
+            order += sorted(places, key=lambda n: (n in on_path, depths[n - first]))
+        # one selection for all rows: its launches cost more than the copy
+        rows = [outcome.logits[: len(outcome.tree)] for outcome in outcomes]
+        logits, ids = top_k_rows(rows[0] if len(rows) == 1 else torch.cat(rows), k)
+        return cls(
+            np.array(tokens, np.int64),
+            np.array(parents, np.int64),
+            np.array(visited, np.int64),
+            np.array(emitted, np.int64),
+            np.array(order, np.int64),
+            ids.cpu(),
+            logits.cpu(),
+        )
+
+    def tokens_above(self, roots: Sequence[int]) -> np.ndarray:
+        """Returns ``[n]`` the token above each node; `roots` are those above the roots."""
+        above: np.ndarray = self.tokens[self.parents]
+        above[self.parents < 0] = roots
+        return above
