@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import nnls
 
 from specdec.backend.model import TreeModel, causal_ancestors
 from specdec.cache_dir import default_cache_dir
@@ -21,12 +22,12 @@ from specdec.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2
+_VERSION = 3
 _ROWS = (1, 2, 4, 8, 16, 32)
 _CONTEXTS = (64, 768)
-_ROUNDS = 8
-_SECONDS = 5.0  # no further round is begun after this long
-_CHECKS = 3  # passes by which a table of an earlier run is checked
+_ROUNDS = 10
+_SECONDS = 8.0  # no further round is begun after this long
+_CHECKS = 4  # passes by which a table of an earlier run is checked
 _FASTER = 0.8
 
 
@@ -150,32 +151,46 @@ def pass_cost(backend: TreeModel) -> PassCost:
 
 @torch.no_grad()
 def measure(backend: TreeModel, rows: Sequence[int] = _ROWS) -> PassCost:
-    """Measures passes over chains of several lengths, the least time of a few rounds each.
+    """Measures passes over chains of several lengths, a few rounds of them in turn.
 
-    Takes some seconds; draws no random number and leaves nothing behind.
+    Takes some seconds; draws no random number and leaves nothing behind. What is kept is the convex
+    curve nearest to the medians: a pass is bound by memory first and by arithmetic later, so that a
+    node more never costs less than the one before, and the first of them are what matters most.
     """
     limit = backend.traits.positions
     room = limit.num_positions if limit is not None else _CONTEXTS[-1] + max(rows)
     rows = [count for count in rows if count < room] or [1]
     contexts = sorted({max(1, min(context, room - max(rows))) for context in _CONTEXTS})
-    best = np.full((len(contexts), len(rows)), np.inf)
+    rounds: list[list[list[float]]] = []
     begin = time.perf_counter()
     cache = backend.new_cache(1, contexts[-1] + max(rows))
-    for _ in range(1 + _ROUNDS):  # the first is a warm-up that counts only if it stays the only one
-        for i, context in enumerate(contexts):
-            for j, count in enumerate(rows):
-                best[i, j] = min(best[i, j], _seconds(backend, cache, count, context))
+    for _ in range(1 + _ROUNDS):
+        rounds.append(
+            [[_seconds(backend, cache, n, context) for n in rows] for context in contexts]
+        )
         if time.perf_counter() - begin > _SECONDS:
             break
-    return PassCost(tuple(rows), tuple(contexts), tuple(map(tuple, best.tolist())))
+    # the first round is a warm-up that counts only if it stayed the only one
+    medians = np.median(rounds[1:] or rounds, axis=0)
+    curves = [tuple(_convex(np.array(rows), own).tolist()) for own in medians]
+    return PassCost(tuple(rows), tuple(contexts), tuple(curves))
+
+
+def _convex(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Returns the rising convex curve nearest to measured seconds, by relative squares."""
+    bends = [np.maximum(rows - bend, 0) for bend in (0, *rows[1:-1])]
+    basis = np.stack([np.ones(len(rows)), *bends], axis=1)
+    weights, _ = nnls(basis / seconds[:, None], np.ones(len(rows)))
+    curve: np.ndarray = basis @ weights
+    return curve
 
 
 @torch.no_grad()
 def _made_under_load(backend: TreeModel, cost: PassCost) -> bool:
     """Returns whether the cheapest pass of a table is well faster now; slower says nothing."""
     cache = backend.new_cache(1, cost.contexts[0] + cost.rows[0])
-    now = min(_seconds(backend, cache, cost.rows[0], cost.contexts[0]) for _ in range(_CHECKS))
-    return now < _FASTER * cost.seconds[0][0]
+    now = [_seconds(backend, cache, cost.rows[0], cost.contexts[0]) for _ in range(_CHECKS)]
+    return float(np.median(now)) < _FASTER * cost.seconds[0][0]
 
 
 def _seconds(backend: TreeModel, cache: Any, count: int, context: int) -> float:

@@ -18,7 +18,7 @@ from specdec.budget import AutoBudget
 from specdec.budget.chances import RealisedChances
 from specdec.budget.levels import Levels
 from specdec.budget.pauses import Pauses
-from specdec.cost import PassCost, measure, pass_cost
+from specdec.cost import PassCost, _convex, measure, pass_cost
 from specdec.drafters.base import BaseDrafter
 from specdec.errors import ConfigError, TreeError
 from specdec.trees.tree import DraftTree
@@ -299,7 +299,7 @@ class TestPassCost:
         "text",
         ["", "{}", '{"version": 7}', "[1]"]
         + [
-            json.dumps({"version": 2, "rows": rows, "contexts": [9], "seconds": seconds})
+            json.dumps({"version": 3, "rows": rows, "contexts": [9], "seconds": seconds})
             for rows, seconds in (
                 ([1, 2], [[1.0]]),
                 ([2, 1], [[1.0, 2.0]]),
@@ -336,6 +336,24 @@ def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(list((tmp_path / "calibration").iterdir())) == 2
     kept.write_text("half a fi", encoding="utf-8")
     assert pass_cost(backend).rows == cost.rows
+
+
+@pytest.mark.parametrize(
+    ("seconds", "curve"),
+    [
+        ([1.0, 1.1, 1.3, 1.7], [1.0, 1.1, 1.3, 1.7]),
+        ([1.0, 1.0, 1.0, 1.8], [1.0, 1.0, 1.0, 1.8]),  # memory-bound up to four rows
+        ([1.0, 1.2, 1.2, 1.2], [1.1, 1.15, 1.15, 1.2]),  # no first node costs more than the rest
+        ([2.0, 1.0, 2.0, 1.0], [1.2, 1.2, 1.2, 1.2]),
+    ],
+)
+def test_measured_costs_become_a_convex_curve(seconds: list[float], curve: list[float]) -> None:
+    rows = np.array([1, 2, 4, 8])
+    fitted = _convex(rows, np.array(seconds))
+    assert fitted == pytest.approx(curve, rel=0.1)
+    slopes = np.diff(fitted) / np.diff(rows)
+    assert slopes.min() >= 0
+    assert np.diff(slopes).min() >= -1e-12
 
 
 def test_costs_of_a_busy_machine_are_measured_again(
