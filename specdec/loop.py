@@ -189,6 +189,7 @@ class DecodeLoop:
             trees = self._draft(active, context)
             rows = [row.index for row in active]
             trees = self._parts.budget.cut(rows, trees, context, time.perf_counter() - begin)
+        before = self._pass_seconds
         with self._stats.timed("target"):
             upcoming = self._parts.budget.drafts_next(len(active))
             scores = self._target.score(trees, probes=upcoming)
@@ -203,6 +204,8 @@ class DecodeLoop:
             # the last token kept is the next root, or the end: either way it is not in the cache
             self._target.commit([step.path[: len(step.tokens) - 1] for step in steps])
         if self._parts.drafter is not None:
+            nodes = len(trees) * max(map(len, trees))
+            self._parts.budget.scored(nodes, context, self._pass_seconds - before)
             with self._stats.timed("observe"):
                 begin = time.perf_counter()
                 outcomes = [_outcome(step, scores, place) for place, step in enumerate(steps)]
@@ -213,6 +216,11 @@ class DecodeLoop:
                 nodes = sum(len(step.tree) for step in steps)
                 self._parts.budget.learned(nodes, time.perf_counter() - begin)
         self._retire()
+
+    @property
+    def _pass_seconds(self) -> float:
+        """Seconds of the passes so far; verifying waits for what a device has not done yet."""
+        return self._stats.seconds["target"] + self._stats.seconds["verify"]
 
     def _draft(self, active: list[Row], context: float) -> list[DraftTree]:
         parts = self._parts

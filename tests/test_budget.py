@@ -17,6 +17,7 @@ from specdec.backend.probe import probed
 from specdec.budget import AutoBudget
 from specdec.budget.chances import RealisedChances
 from specdec.budget.levels import Levels
+from specdec.budget.pass_clock import PassClock
 from specdec.budget.pauses import Pauses
 from specdec.cost import PassCost, _convex, measure, pass_cost
 from specdec.drafters.base import BaseDrafter
@@ -336,6 +337,21 @@ def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(list((tmp_path / "calibration").iterdir())) == 2
     kept.write_text("half a fi", encoding="utf-8")
     assert pass_cost(backend).rows == cost.rows
+
+
+def test_pass_costs_follow_the_passes_of_the_text() -> None:
+    """Outside of a text the table was measured too low, and its nodes far too cheap."""
+    generator = np.random.default_rng(0)
+    clock = PassClock(CHEAP)
+    for _ in range(150):
+        nodes = int(generator.choice([1, 1, 2, 4, 9]))
+        true = 1.2 + 0.05 * (nodes - 1)
+        pause = 9.0 if generator.random() < 0.03 else 0.0
+        clock.scored(nodes, 64, true * float(generator.uniform(0.9, 1.1)) + pause)
+    assert clock.of(np.array([1, 5, 9]), 64) == pytest.approx([1.2, 1.4, 1.6], rel=0.12)
+    table = PassClock(CHEAP, follows=False)
+    table.scored(9, 64, 5.0)
+    assert table.of(np.array([1, 65]), 64) == pytest.approx([1.0, 1.6])
 
 
 @pytest.mark.parametrize(

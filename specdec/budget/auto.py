@@ -9,6 +9,7 @@ import numpy as np
 from specdec.budget.chances import RealisedChances
 from specdec.budget.clock import DraftClock
 from specdec.budget.levels import Levels
+from specdec.budget.pass_clock import PassClock
 from specdec.budget.pauses import Pauses
 from specdec.cost import PassCost
 from specdec.trees.tree import DraftTree
@@ -45,11 +46,11 @@ class AutoBudget:
     2406.14066), per step and with n = 0 allowed.
 
     Args:
-        cost: seconds of a pass.
+        cost: seconds of a pass, corrected by the passes of the text (`specdec.budget.pass_clock`).
         max_nodes: the largest tree.
         max_rows: the most rows of a pass, of all trees together, for the memory of their logits.
-        draft_seconds: what drafting a step costs, learning from it included; None to go by the
-            clock.
+        draft_seconds: what drafting a step costs, learning from it included; then nothing goes by
+            the clock. None to follow it.
         probes: slots behind every node.
     """
 
@@ -63,7 +64,7 @@ class AutoBudget:
     ) -> None:
         self.setting: int | str = "auto"
         self.max_nodes = max_nodes
-        self._cost = cost
+        self._passes = PassClock(cost, follows=draft_seconds is None)
         self._max_rows = max_rows
         self._rows_per_node = 1 + probes
         self._clock = DraftClock(draft_seconds)
@@ -74,6 +75,7 @@ class AutoBudget:
         self._allowed = _FIRST_NODES
         self._last_width = _FIRST_NODES
         self._asked = False
+        self._prepared = True
 
     def allot(self, rows: Sequence[int], context: float) -> list[Budget]:
         """Returns twice the nodes that were worth it last, within limits; none in a pause."""
@@ -93,7 +95,8 @@ class AutoBudget:
 
     def drafts_next(self, num_rows: int) -> bool:
         """Returns False in a pause, and for more rows than it has room for."""
-        return not self._pauses.paused and self._fitting(num_rows) > 0
+        self._prepared = not self._pauses.paused and self._fitting(num_rows) > 0
+        return self._prepared
 
     def cut(
         self, rows: Sequence[int], trees: Sequence[DraftTree], context: float, seconds: float
@@ -131,6 +134,11 @@ class AutoBudget:
             for tree, order in zip(trees, orders, strict=True)
         ]
 
+    def scored(self, num_nodes: int, context: float, seconds: float) -> None:
+        """Corrects what passes are taken to cost."""
+        rows_per_node = self._rows_per_node if self._prepared else 1
+        self._passes.scored(num_nodes * rows_per_node, context, seconds)
+
     def observe(self, outcome: StepOutcome) -> None:
         """Counts which of the scored nodes became text."""
         tree = outcome.tree
@@ -163,7 +171,7 @@ class AutoBudget:
     ) -> np.ndarray:
         """Returns what it takes to score so many nodes, and to learn from them."""
         rows_per_node = self._rows_per_node if probes else 1
-        seconds: np.ndarray = self._cost.of(nodes * rows_per_node, context)
+        seconds: np.ndarray = self._passes.of(nodes * rows_per_node, context)
         return seconds + self._clock.learn_seconds * nodes
 
     def _fitting(self, num_rows: int) -> int:

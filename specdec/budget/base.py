@@ -46,6 +46,10 @@ class NodeBudget(Protocol):
         """
         ...
 
+    def scored(self, num_nodes: int, context: float, seconds: float) -> None:
+        """Notes what the pass over all trees took; padding of smaller ones counts as nodes."""
+        ...
+
     def observe(self, outcome: StepOutcome) -> None:
         """Learns from a finished step of one row."""
         ...
@@ -83,6 +87,9 @@ class FixedBudget:
     ) -> list[DraftTree]:
         """Returns the trees as they are."""
         return list(trees)
+
+    def scored(self, num_nodes: int, context: float, seconds: float) -> None:
+        """Has no use for it."""
 
     def observe(self, outcome: StepOutcome) -> None:
         """Learns nothing."""
