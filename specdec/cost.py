@@ -27,7 +27,8 @@ _ROWS = (1, 2, 4, 8, 16, 32)
 _CONTEXTS = (64, 768)
 _ROUNDS = 10
 _SECONDS = 8.0  # no further round is begun after this long
-_CHECKS = 4  # passes by which a table of an earlier run is checked
+_MOST_CHECKS = 4  # passes by which a table of an earlier run is checked
+_CHECK_SECONDS = 0.5  # that they may take; one is run in any case
 _FASTER = 0.8
 
 
@@ -189,8 +190,10 @@ def _convex(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 def _made_under_load(backend: TreeModel, cost: PassCost) -> bool:
     """Returns whether the cheapest pass of a table is well faster now; slower says nothing."""
     cache = backend.new_cache(1, cost.contexts[0] + cost.rows[0])
-    now = [_seconds(backend, cache, cost.rows[0], cost.contexts[0]) for _ in range(_CHECKS)]
-    return float(np.median(now)) < _FASTER * cost.seconds[0][0]
+    kept = cost.seconds[0][0]
+    checks = max(1, min(_MOST_CHECKS, int(_CHECK_SECONDS / kept)))
+    now = [_seconds(backend, cache, cost.rows[0], cost.contexts[0]) for _ in range(checks)]
+    return float(np.median(now)) < _FASTER * kept
 
 
 def _seconds(backend: TreeModel, cache: Any, count: int, context: int) -> float:
