@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -40,6 +40,10 @@ class Prompt:
     def turns(self) -> tuple[str, ...]:
         """What the user says, turn by turn."""
         return (self.text, *self.followups)
+
+    def shortened(self, max_turns: int) -> Prompt:
+        """Returns the conversation's first turns, at least one."""
+        return replace(self, followups=self.followups[: max_turns - 1])
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

@@ -298,6 +298,13 @@ def test_a_sweep_writes_its_table_and_does_nothing_twice(folder: Path, tmp_path:
     assert first["hardware"]["cores"] >= 1
 
 
+def test_a_sweep_may_ask_the_first_turns_alone(folder: Path, tmp_path: Path) -> None:
+    quietly(grid_of(folder), tmp_path / "all")
+    quietly(grid_of(folder, max_turns=1), tmp_path / "first")
+    (whole,), (first,) = read_results(tmp_path / "all"), read_results(tmp_path / "first")
+    assert first["num_turns"] == first["num_prompts"] == whole["num_prompts"] < whole["num_turns"]
+
+
 def test_a_broken_cell_is_listed_and_the_sweep_goes_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

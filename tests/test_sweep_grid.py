@@ -45,6 +45,7 @@ def test_every_combination_is_a_cell_of_its_own() -> None:
     assert [cell.model for cell in cells] == ["a"] * 32 + ["b"] * 32
     longer = cells_of(models="a", max_new_tokens=7)
     assert longer[0].key != cells_of(models="a", max_new_tokens=8)[0].key
+    assert longer[0].key != cells_of(models="a", max_new_tokens=7, max_turns=1)[0].key
     assert cells_of(temperatures=0) == cells_of(temperatures=[0.0, 0])
 
 
@@ -95,6 +96,7 @@ def test_pairs_that_would_not_be_lossless_are_left_out_with_the_reason() -> None
         ({"seeds": [2**31]}, "seeds: expected a whole number from 0 to 2147483647"),
         ({"limit": 0}, "limit: expected a positive whole number or null"),
         ({"limit": [3]}, "limit: expected"),
+        ({"max_turns": 0}, "max_turns: expected a positive whole number or null, got 0"),
         ({"max_new_tokens": None}, "max_new_tokens: expected a positive whole number, got None"),
         ({"top_p": 0}, "top_p: expected a number above 0"),
         ({"dtype": "float8"}, "dtype: expected one of auto, float32"),

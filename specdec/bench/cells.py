@@ -36,6 +36,7 @@ class SweepCell:
         prompts: the prompt file as it was named.
         prompts_sha256: `specdec.prompts.digest` of all its prompts.
         limit: prompts taken, spread over the categories; None for all.
+        max_turns: turns taken of each conversation; None for all.
         max_new_tokens: tokens a turn.
         top_p: nucleus; 1 for none. Without effect at temperature 0.
         dtype: of the target's weights, "auto" for float32 on a CPU and the model's own elsewhere.
@@ -54,6 +55,7 @@ class SweepCell:
     prompts: str
     prompts_sha256: str
     limit: int | None
+    max_turns: int | None
     max_new_tokens: int
     top_p: float
     dtype: str
@@ -64,6 +66,8 @@ class SweepCell:
         """The cell's name in files: the same for the same run, wherever the prompt file lies."""
         identity = asdict(self)
         del identity["prompts"]
+        if self.max_turns is None:  # as cells were named before there was such a bound
+            del identity["max_turns"]
         text = json.dumps(identity, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:_KEY_LENGTH]
 

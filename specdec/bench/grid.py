@@ -33,6 +33,7 @@ class Grid:
         batch_sizes: prompts a call.
         seeds: 0 to 2**31 - 1.
         limit: prompts of each file, spread over its categories; None for all.
+        max_turns: turns of each conversation, the first ones; None for all.
         max_new_tokens: tokens a turn.
         top_p: nucleus of the temperatures above 0.
         dtype: of the weights: "auto", "float32", "bfloat16", "float16".
@@ -53,6 +54,7 @@ class Grid:
     batch_sizes: tuple[int, ...] = (1,)
     seeds: tuple[int, ...] = (0,)
     limit: int | None = None
+    max_turns: int | None = None
     max_new_tokens: int = 128
     top_p: float = 1.0
     dtype: str = "auto"
@@ -124,12 +126,13 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
         f"a whole number from 0 to {_LARGEST_SEED}",
     ),
     "limit": (lambda v: v is None or _is_count(v), "a positive whole number or null"),
+    "max_turns": (lambda v: v is None or _is_count(v), "a positive whole number or null"),
     "max_new_tokens": (_is_count, "a positive whole number"),
     "top_p": (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and up to 1"),
     "dtype": _one_of("auto", "float32", "bfloat16", "float16"),
     "packed_weights": _one_of("none", "auto", "onednn", "mkl", "fp16"),
 }
-SCALARS = ("limit", "max_new_tokens", "top_p", "dtype", "packed_weights")
+SCALARS = ("limit", "max_turns", "max_new_tokens", "top_p", "dtype", "packed_weights")
 
 
 def _value(name: str, value: Any) -> Any:

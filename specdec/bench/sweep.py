@@ -118,7 +118,7 @@ def run_sweep(
                     "hardware": hardware(),
                 }
             )
-        chosen = {name: _chosen(read, grid.limit) for name, read in prompts.items()}
+        chosen = {name: _chosen(read, grid) for name, read in prompts.items()}
         models = _Models(device)
         errors = 0
         turns = {name: sum(len(p.turns) for p in some) for name, some in chosen.items()}
@@ -156,8 +156,12 @@ def _broken(cell: SweepCell, message: str) -> dict[str, Any]:
     return {"cell": cell.key, "status": "error", **asdict(cell), "error": message}
 
 
-def _chosen(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    return prompts if limit is None else spread_over_categories(prompts, limit)
+def _chosen(prompts: list[Prompt], grid: Grid) -> list[Prompt]:
+    if grid.limit is not None:
+        prompts = spread_over_categories(prompts, grid.limit)
+    if grid.max_turns is not None:
+        prompts = [prompt.shortened(grid.max_turns) for prompt in prompts]
+    return prompts
 
 
 def _now() -> str:

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for axis, text in _AXES.items():
         parser.add_argument(f"--{axis}", type=values, metavar="A,B", help=text)
     parser.add_argument("--limit", type=int, help="prompts of a file, spread over categories")
+    parser.add_argument("--max-turns", type=int, help="turns of a conversation, the first ones")
     parser.add_argument("--max-new-tokens", type=int, help="tokens a turn")
     parser.add_argument("--top-p", type=float, help="nucleus of the temperatures above 0")
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
