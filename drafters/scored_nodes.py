@@ -12,6 +12,8 @@ from torch import Tensor
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.types import StepOutcome
 
+_MOST_COPIED = 1 << 20  # entries; 4 MB of float32, what fits in the caches of one core
+
 
 class ScoredNodes(NamedTuple):
     """The nodes of the trees of a step, one tree behind the other.
@@ -53,9 +55,12 @@ class ScoredNodes(NamedTuple):
             depths, on_path = tree.depth_list, set(path)
             places = range(first, len(tokens))
             order += sorted(places, key=lambda n: (n in on_path, depths[n - first]))
-        # one selection for all rows: its launches cost more than the copy
         rows = [outcome.logits[: len(outcome.tree)] for outcome in outcomes]
-        logits, ids = top_k_rows(rows[0] if len(rows) == 1 else torch.cat(rows), k)
+        # one selection for all small trees: its launches cost more than the copy
+        if len(rows) > 1 and sum(map(Tensor.numel, rows)) <= _MOST_COPIED:
+            rows = [torch.cat(rows)]
+        top = [top_k_rows(one, k) for one in rows]
+        logits, ids = (torch.cat(parts) for parts in zip(*top, strict=True))
         return cls(
             np.array(tokens, np.int64),
             np.array(parents, np.int64),

@@ -21,7 +21,7 @@ class TreeBuilder:
         self.tokens = [root_token]
         self.parents = [-1]
         self.handles = [0]
-        self._draws = [Draw.POINT]
+        self._draws = [int(Draw.POINT)]  # enum's members would be slow to turn into a tensor
         self._q_row = [-1]
         self._chances = [math.nan]
         self._laws: list[tuple[LawRows, list[int]]] = []  # rows of one level, and which are kept
@@ -51,7 +51,7 @@ class TreeBuilder:
         self.tokens.append(token)
         self.parents.append(parent)
         self.handles.append(handle)
-        self._draws.append(draw)
+        self._draws.append(int(draw))
         self._q_row.append(q_row)
         self._chances.append(chance)
         return len(self.tokens) - 1

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import networkx as nx
 
 _SUM_TOLERANCE = 1e-3  # float16 logits normalised in float32 stay well inside
+# plain numbers: a comparison with an enum's member takes ten times as long
+_DRAWS = frozenset(map(int, Draw))
+_FROM_LAWS = frozenset({int(Draw.IID), int(Draw.WOR)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +68,14 @@ class DraftTree:
         handles: Sequence[int] | None = None,
     ) -> DraftTree:
         """Returns a tree from plain lists; without `draws` every node is a point mass."""
+        count = len(tokens)
         return cls(
-            tokens=torch.tensor(tokens, dtype=torch.int64),
-            parents=torch.tensor(parents, dtype=torch.int32),
-            draws=torch.tensor(draws or [Draw.POINT] * len(tokens), dtype=torch.int8),
-            q_row=torch.tensor(q_row or [-1] * len(tokens), dtype=torch.int32),
+            tokens=_column(tokens, np.int64),
+            parents=_column(parents, np.int32),
+            draws=_column(draws or [int(Draw.POINT)] * count, np.int8),
+            q_row=_column(q_row or [-1] * count, np.int32),
             q=q,
-            chances=None if chances is None else torch.tensor(chances, dtype=torch.float32),
+            chances=None if chances is None else _column(chances, np.float32),
             handles=None if handles is None else tuple(handles),
         )
 
@@ -83,11 +87,13 @@ class DraftTree:
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or len(self.tokens) == 0:
             raise TreeError(f"tokens must be [N] with N >= 1, got {tuple(self.tokens.shape)}")
+        shape = self.tokens.shape
         for name in ("parents", "draws", "q_row", "chances"):
             column = getattr(self, name)
-            shape = tuple(self.tokens.shape if column is None else column.shape)
-            if shape != tuple(self.tokens.shape):
-                raise TreeError(f"{name} must be [{len(self.tokens)}] like tokens, got {shape}")
+            if column is not None and column.shape != shape:
+                raise TreeError(
+                    f"{name} must be [{len(self.tokens)}] like tokens, got {tuple(column.shape)}"
+                )
         if self.parent_list[0] != -1:
             raise TreeError(f"parents[0] must be -1 (the root), got {self.parent_list[0]}")
         for node, parent in enumerate(self.parent_list[1:], start=1):
@@ -95,7 +101,7 @@ class DraftTree:
                 raise TreeError(f"parents[{node}] must be in 0..{node - 1}, got {parent}")
         if min(self.token_list) < 0:
             raise TreeError("token ids must not be negative")
-        if not set(self.draw_list) <= set(Draw) or self.draw_list[0] != Draw.POINT:
+        if not set(self.draw_list) <= _DRAWS or self.draw_list[0] != Draw.POINT:
             raise TreeError(f"draws must be Draw codes, POINT for the root, got {self.draw_list}")
         if self.drawn_nodes:
             self._check_laws()
@@ -175,7 +181,9 @@ class DraftTree:
     @cached_property
     def drawn_nodes(self) -> list[int]:
         """The nodes whose law is a row of `q`: drawn with or without replacement."""
-        return [i for i, draw in enumerate(self.draw_list) if draw in (Draw.IID, Draw.WOR)]
+        if _FROM_LAWS.isdisjoint(self.draw_list):
+            return []
+        return [i for i, draw in enumerate(self.draw_list) if draw in _FROM_LAWS]
 
     @cached_property
     def depth_list(self) -> list[int]:
@@ -196,7 +204,7 @@ class DraftTree:
     @cached_property
     def kinds(self) -> frozenset[Draw]:
         """The draw laws that occur among the drafted nodes."""
-        return frozenset(Draw(draw) for draw in self.draw_list[1:])
+        return frozenset(map(Draw, set(self.draw_list[1:])))
 
     @cached_property
     def path_chances(self) -> np.ndarray:
@@ -281,3 +289,7 @@ class DraftTree:
         from specdec.trees.graph import tree_graph
 
         return tree_graph(self, decode, path, target_probs)
+
+
+def _column(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=dtype))  # torch.tensor reads lists more slowly
