@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import accumulate
+
 import numpy as np
 
 from specdec.drafters.learning import LearnedState
@@ -9,75 +13,60 @@ from specdec.errors import StateError
 
 # survivor-probability edges of the buckets
 _EDGES = np.log(np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95], dtype=np.float32))
+_EDGE_LIST = _EDGES.tolist()
 _PRIOR_STRENGTH = 20.0
 
 
 class Calibration:
     """Counts how often a guess of a given rank and survivor share was the next token.
 
+    The counts are plain lists, since a guess looks up one.
+
     Args:
         num_ranks: guesses of a row.
     """
 
     def __init__(self, num_ranks: int) -> None:
-        buckets = len(_EDGES) + 1
         # before anything was counted: about half the share, since the context is another one
         share = np.exp(np.concatenate([_EDGES[:1] - 1, (_EDGES[1:] + _EDGES[:-1]) / 2, [0.0]]))
-        prior = np.repeat(0.55 * share[None, :], num_ranks, axis=0)
-        self.hits = prior * _PRIOR_STRENGTH
-        self.trials = np.full((num_ranks, buckets), _PRIOR_STRENGTH)
-        self._ranks = np.arange(num_ranks)
-        self._table: np.ndarray | None = None
+        chance = np.repeat(0.55 * share[None, :], num_ranks, axis=0)
+        self._set(_PRIOR_STRENGTH * chance, np.full(chance.shape, _PRIOR_STRENGTH))
 
-    @property
-    def table(self) -> np.ndarray:
-        """``[k, buckets]`` float32: the log-chance of a guess by rank and bucket."""
-        if self._table is None:
-            self._table = np.log(self.hits / self.trials).astype(np.float32)
-        return self._table
+    def _set(self, hits: np.ndarray, trials: np.ndarray) -> None:
+        self._hits: list[list[float]] = hits.tolist()
+        self._trials: list[list[float]] = trials.tolist()
+        self._chances: list[list[float]] = (hits / trials).tolist()
 
-    @staticmethod
-    def buckets_of(log_shares: np.ndarray) -> np.ndarray:
-        """Returns the bucket of each log-share."""
-        return np.searchsorted(_EDGES, log_shares.astype(np.float32))
-
-    def log_chance(self, log_shares: np.ndarray) -> np.ndarray:
-        """Returns ``[n, k]`` float32 log-probabilities, falling along each row.
+    def chances(self, log_shares: Sequence[float]) -> list[float]:
+        """Returns the chance of each guess of a row, falling: a worse rank is not likelier.
 
         Args:
-            log_shares: ``[n, k]`` log of each guess's share among the k that were kept.
+            log_shares: of each guess, its share among those that were kept, in their order.
         """
-        # the best guess stays first: a law's rows are sorted
-        chance = np.minimum.accumulate(self.table[self._ranks, self.buckets_of(log_shares)], axis=1)
-        # together the guesses cannot be more than certain
-        excess = np.log(np.maximum(np.exp(chance).sum(axis=1, keepdims=True), 1.0))
-        calibrated: np.ndarray = chance - excess
-        return calibrated
+        by_rank = zip(self._chances, log_shares, strict=False)
+        own = [chances[bisect_left(_EDGE_LIST, log_share)] for chances, log_share in by_rank]
+        return list(accumulate(own, min))
 
-    def record(self, log_shares: np.ndarray, ids: np.ndarray, emitted: np.ndarray) -> None:
-        """Counts rows whose true next token has become known.
-
-        Args:
-            log_shares: ``[n, k]`` as in `log_chance`.
-            ids: ``[n, k]`` the guesses; -1 stands for none and is not counted.
-            emitted: ``[n]`` the tokens that came.
-        """
-        rows, ranks = np.nonzero(ids >= 0)
-        buckets = self.buckets_of(log_shares[rows, ranks])
-        np.add.at(self.trials, (ranks, buckets), 1.0)
-        np.add.at(self.hits, (ranks, buckets), ids[rows, ranks] == emitted[rows])
-        self._table = None
+    def record(self, rank: int, log_share: float, hit: bool) -> None:
+        """Counts a guess whose true token has become known."""
+        bucket = bisect_left(_EDGE_LIST, log_share)
+        hits, trials = self._hits[rank], self._trials[rank]
+        hits[bucket] += hit
+        trials[bucket] += 1.0
+        self._chances[rank][bucket] = hits[bucket] / trials[bucket]
 
     def state(self) -> LearnedState:
         """Returns the counts."""
-        return LearnedState({"hits": self.hits, "trials": self.trials})
+        return LearnedState({"hits": np.array(self._hits), "trials": np.array(self._trials)})
 
     @staticmethod
     def restored(state: LearnedState, num_ranks: int) -> Calibration:
         """Returns the calibration of a state. Raises StateError if it does not fit."""
         calibration = Calibration(num_ranks)
-        calibration.hits = state.array("hits", calibration.hits.shape, np.float64)
-        calibration.trials = state.array("trials", calibration.trials.shape, np.float64)
-        if not (calibration.hits > 0).all() or not (calibration.trials > 0).all():
+        shape = (num_ranks, len(_EDGE_LIST) + 1)
+        hits = state.array("hits", shape, np.float64)
+        trials = state.array("trials", shape, np.float64)
+        if not (hits > 0).all() or not (trials > 0).all():
             raise StateError("tables 'hits' and 'trials' must hold positive counts")
+        calibration._set(hits, trials)
         return calibration

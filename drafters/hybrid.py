@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, cast
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.learning import LearnedState, LearningDrafter
+from specdec.drafters.listed_law import guesses_of, rows_of
 from specdec.errors import ConfigError, StateError
-from specdec.trees.best_first import most_probable
+from specdec.trees.heap import is_listed
 from specdec.types import (
     DraftContext,
     Drafter,
     DrafterNeeds,
     DraftLaw,
+    Guesses,
     LawRows,
+    ListedLaw,
     PromptRows,
     StepOutcome,
     TargetInfo,
@@ -28,7 +32,7 @@ _SHORTLIST = 16  # tokens of a source's row that are looked at
 _SLOWEST_RATE = 0.02  # by which an outcome moves the trust; the first ones move it faster
 _PRIOR_OUTCOMES = 3.0
 # how sure a source must be of its first token to come into the next class
-_CLASSES = np.array([0.15, 0.35, 0.6, 0.85])
+_CLASSES = [0.15, 0.35, 0.6, 0.85]
 
 
 class Hybrid(LearningDrafter):
@@ -87,7 +91,9 @@ class Hybrid(LearningDrafter):
 
     def law(self, context: DraftContext) -> DraftLaw:
         """Returns the mixed law behind the row's text."""
-        law = _MixedLaw(self, [source.law(context) for source in self.sources])
+        laws = [source.law(context) for source in self.sources]
+        listed = [law for law in laws if is_listed(law)]
+        law = _ListedMixture(self, listed) if len(listed) == len(laws) else _MixedLaw(self, laws)
         self._laws[context.row] = law
         return law
 
@@ -100,7 +106,7 @@ class Hybrid(LearningDrafter):
         ]
         by_request = zip(*answers, strict=True)
         return [
-            law.mix(handles, rows) for (law, handles), rows in zip(own, by_request, strict=True)
+            law.mixed(handles, rows) for (law, handles), rows in zip(own, by_request, strict=True)
         ]
 
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
@@ -161,17 +167,28 @@ class Hybrid(LearningDrafter):
             raise
         self._weights, self._outcomes = weights, outcomes
 
-    def weights_for(self, classes: np.ndarray) -> np.ndarray:
-        """Returns ``[n, sources]`` weights for ``[n, sources]`` classes of sureness."""
-        weights: np.ndarray = self._weights[tuple(classes.T)]
-        return weights
+    def mix(self, rows: Sequence[Guesses]) -> _Mixture:
+        """Returns the mixture of what the sources guess at one node."""
+        classes = tuple([_class_of(row) for row in rows])
+        weights = self._weights[classes].tolist()
+        mixed: dict[int, float] = {}
+        for weight, (tokens, chances) in zip(weights, rows, strict=True):
+            own = zip(tokens[:_SHORTLIST], chances, strict=False)
+            if mixed:
+                for token, chance in own:
+                    mixed[token] = mixed.get(token, 0.0) + weight * chance
+            else:
+                mixed = {token: weight * chance for token, chance in own}
+        ranked = sorted(mixed, key=mixed.__getitem__, reverse=True)
+        guesses = Guesses(ranked, [mixed[token] for token in ranked])
+        return _Mixture(guesses, rows, weights, classes)
 
     def _learn(self, mixture: _Mixture, token: int) -> None:
-        hit = mixture.ids == token
-        if not hit.any():
+        own = zip(mixture.weights, mixture.rows, strict=True)
+        shares = np.array([weight * _chance_of(token, row) for weight, row in own])
+        if not shares.any():
             return
-        shares = mixture.weights * mixture.probs[:, hit][:, 0]
-        place = tuple(mixture.classes)
+        place = mixture.classes
         self._outcomes[place] += 1
         rate = max(_SLOWEST_RATE, 1 / (self._outcomes[place] + _PRIOR_OUTCOMES))
         self._weights[place] += rate * (shares / shares.sum() - self._weights[place])
@@ -213,18 +230,18 @@ class Hybrid(LearningDrafter):
 
 
 class _Mixture(NamedTuple):
-    """What the row at one handle was mixed from."""
+    """The guesses at one handle, and what of each source they were made from."""
 
-    ids: np.ndarray  # [k], -1 for padding
-    probs: np.ndarray  # [sources, k]
-    weights: np.ndarray  # [sources]
-    classes: np.ndarray  # [sources]
+    guesses: Guesses
+    rows: Sequence[Guesses]
+    weights: list[float]
+    classes: tuple[int, ...]
 
 
 class _MixedLaw:
     """A handle stands for one handle of each source's law."""
 
-    def __init__(self, drafter: Hybrid, laws: list[DraftLaw]) -> None:
+    def __init__(self, drafter: Hybrid, laws: Sequence[DraftLaw]) -> None:
         self._drafter = drafter
         self.laws = laws
         self._handles = [[0] * len(laws)]
@@ -243,53 +260,35 @@ class _MixedLaw:
 
     def rows(self, handles: Sequence[int]) -> LawRows:
         own = [law.rows(self.of_source(i, handles)) for i, law in enumerate(self.laws)]
-        return self.mix(handles, own)
+        return self.mixed(handles, own)
 
-    def mix(self, handles: Sequence[int], rows: Sequence[LawRows]) -> LawRows:
+    def mixed(self, handles: Sequence[int], rows: Sequence[LawRows]) -> LawRows:
         """Returns the mixture of the sources' rows, likely first, and notes how it came about."""
-        tops = [_top(row) for row in rows]
-        ids, probs = _joined(tops)
-        classes = np.stack([_classes(top_probs) for _, top_probs in tops], axis=1)
-        weights = self._drafter.weights_for(classes)
-        mixed = (weights[:, :, None] * probs).sum(axis=1)
-        order = np.argsort(-mixed, axis=1, kind="stable")
-        for place, handle in enumerate(handles):
-            self.mixtures[handle] = _Mixture(
-                ids[place], probs[place], weights[place], classes[place]
-            )
-        each = np.arange(len(handles))[:, None]
-        mixed, ids = mixed[each, order], ids[each, order]
-        named = mixed > 0
-        logs = np.log(mixed, where=named, out=np.full(mixed.shape, -np.inf)).astype(np.float32)
-        return LawRows(torch.from_numpy(logs), torch.from_numpy(np.where(named, ids, -1)))
+        by_handle = zip(*(guesses_of(row, _SHORTLIST) for row in rows), strict=True)
+        for handle, own in zip(handles, by_handle, strict=True):
+            self.mixtures[handle] = self._drafter.mix(own)
+        return rows_of([self.mixtures[handle].guesses for handle in handles])
 
 
-def _top(rows: LawRows) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a source's likeliest ids ``[n, k]`` and their chances, likely first."""
-    ids, logs = most_probable(rows, _SHORTLIST)
-    return ids, np.exp(logs, dtype=np.float64)
+class _ListedMixture(_MixedLaw):
+    """A mixture of laws that are all looked up node by node."""
+
+    def __init__(self, drafter: Hybrid, laws: Sequence[ListedLaw]) -> None:
+        super().__init__(drafter, laws)
+        self._listed = laws
+
+    def guesses(self, handle: int) -> Guesses:
+        own = self._handles[handle]
+        rows = [law.guesses(place) for law, place in zip(self._listed, own, strict=True)]
+        mixture = self.mixtures[handle] = self._drafter.mix(rows)
+        return mixture.guesses
 
 
-def _joined(tops: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids ``[n, k]`` named by any source, once each, and their chances ``[n, s, k]``."""
-    ids = np.concatenate([own_ids for own_ids, _ in tops], axis=1)
-    count, width = ids.shape
-    equal = ids[:, :, None] == ids[:, None, :]
-    # an id that an earlier column has already is left out here
-    named = (ids >= 0) & (equal.argmax(axis=2) == np.arange(width))
-    probs = np.empty((count, len(tops), width))
-    begin = 0
-    for i, (_, own_probs) in enumerate(tops):
-        end = begin + own_probs.shape[1]
-        np.matmul(equal[:, :, begin:end], own_probs[:, :, None], out=probs[:, i, :, None])
-        begin = end
-    probs *= named[:, None, :]
-    return np.where(named, ids, -1), probs
+def _class_of(row: Guesses) -> int:
+    """Returns 0 where a source has no row, else 1 + the class of its first chance."""
+    return 1 + bisect_left(_CLASSES, row.chances[0]) if row.tokens else 0
 
 
-def _classes(probs: np.ndarray) -> np.ndarray:
-    """Returns ``[n]``: 0 where a source has no row, else 1 + the class of its first chance."""
-    if probs.shape[1] == 0:
-        return np.zeros(len(probs), dtype=np.int64)
-    first = probs[:, 0]
-    return np.where(first > 0, 1 + np.searchsorted(_CLASSES, first), 0)
+def _chance_of(token: int, row: Guesses) -> float:
+    known = row.tokens[:_SHORTLIST]
+    return row.chances[known.index(token)] if token in known else 0.0

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
 
 from specdec.drafters.learning import LearnedState
 from specdec.errors import ConfigError, StateError
-from specdec.types import LawRows
 
 _WAYS = 8  # slots a pair may stand in: its keys are one cache line
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: neighbours fall far apart
 _HALF = np.uint64(32)
+_WORD = 2**64 - 1
 NO_TOKEN = -1
 
 
@@ -97,18 +95,21 @@ class PairStore:
         log_shares[~found] = -np.inf
         return StoredRows(ids, log_shares, found)
 
-    def rows_of(self, pairs: Sequence[tuple[int, int]]) -> tuple[LawRows, np.ndarray]:
-        """Returns the rows of pairs, shares taken as probabilities, and which of them were found.
+    def row(self, first: int, second: int) -> tuple[list[int], list[float]] | None:
+        """Returns the successors and log-shares under one pair, None if it is not stored.
 
-        Shares say what the target thought at ONE place where the pair stood; a drafter that grows
-        trees from them should turn them into chances first (`Calibration`).
+        What `find` does for one pair, without numpy's calls.
         """
-        table = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-        ids, log_shares, found = self.find(table[:, 0], table[:, 1])
-        rows = LawRows(
-            torch.from_numpy(log_shares.astype(np.float32)), torch.from_numpy(ids.astype(np.int64))
-        )
-        return rows, found
+        key = (first + 1) << 32 | (second + 1)
+        mixed = (key * int(_MULTIPLIER) & _WORD) >> 32
+        place = mixed * len(self._keys) >> 32
+        keys = self._keys[place].tolist()
+        if key not in keys:
+            return None
+        way = keys.index(key)
+        ids = self._ids[place, way].tolist()
+        count = ids.index(-1) if ids[-1] < 0 else len(ids)
+        return ids[:count], self._log_shares[place, way, :count].tolist()
 
     def write(
         self, firsts: ArrayLike, seconds: ArrayLike, ids: np.ndarray, log_shares: np.ndarray

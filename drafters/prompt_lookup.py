@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-
-import torch
+from operator import itemgetter
 
 from specdec.drafters.base import BaseDrafter
+from specdec.drafters.listed_law import ListedLaw
 from specdec.errors import ConfigError
-from specdec.types import DraftContext, DraftLaw, LawRows, PromptRows
+from specdec.types import DraftContext, DraftLaw, Guesses, PromptRows
 
 # what a token that never followed here weighs against one occurrence; it makes long copies of one
 # occurrence slowly less likely, so a tree does not stake everything on one chain
@@ -86,7 +85,7 @@ class _NgramIndex:
         return []
 
 
-class _ContinuationLaw:
+class _ContinuationLaw(ListedLaw):
     """A law over copies: a handle stands for the text positions its path has been copied up to."""
 
     def __init__(self, tokens: Sequence[int], positions: list[int]) -> None:
@@ -103,24 +102,13 @@ class _ContinuationLaw:
         self._positions.append(matched)
         return len(self._positions) - 1
 
-    def rows(self, handles: Sequence[int]) -> LawRows:
-        ranked = [self._successors(handle) for handle in handles]
-        width = max(1, *map(len, ranked)) if ranked else 1
-        ids = torch.full((len(ranked), width), -1, dtype=torch.int64)
-        log_probs = torch.full((len(ranked), width), -torch.inf)
-        for row, successors in enumerate(ranked):
-            for column, (token, log_prob) in enumerate(successors):
-                ids[row, column] = token
-                log_probs[row, column] = log_prob
-        return LawRows(log_probs, ids)
-
-    def _successors(self, handle: int) -> list[tuple[int, float]]:
-        """Returns (token, log-probability), likely first; the k-th latest occurrence weighs 1/k."""
+    def guesses(self, handle: int) -> Guesses:
+        """Returns what followed, likely first; the k-th latest occurrence weighs 1/k."""
         weights: dict[int, float] = {}
         for age, position in enumerate(self._positions[handle], start=1):
             if position < self._end:
                 token = self._tokens[position]
                 weights[token] = weights.get(token, 0.0) + 1 / age
         total = sum(weights.values()) + _UNSEEN_WEIGHT
-        ranked = sorted(weights.items(), key=lambda item: -item[1])
-        return [(token, math.log(weight / total)) for token, weight in ranked]
+        ranked = sorted(weights.items(), key=itemgetter(1), reverse=True)
+        return Guesses([token for token, _ in ranked], [weight / total for _, weight in ranked])

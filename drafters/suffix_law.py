@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from operator import itemgetter, neg
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
+from specdec.drafters.listed_law import ListedLaw
 from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.drafters.suffix_calibration import OWN, SuffixCalibration
-from specdec.types import LawRows
+from specdec.types import Guesses
 
 _OWN_BONUS = 1  # tokens by which a match in an earlier text must be longer to come first
 _ENOUGH = 0.8  # when the guesses so far are as likely together, no shorter match is asked
@@ -34,20 +32,20 @@ class _Guesses(NamedTuple):
 
     Attributes:
         tokens: from likely to unlikely.
-        log_chances: of `tokens`.
+        chances: of `tokens`.
         found: all guesses, as they were found.
         rest: chance that none of them is right; 0 where the commonest tokens are not asked.
         complete: whether the commonest tokens are among them, if they are asked at all.
     """
 
     tokens: list[int]
-    log_chances: list[float]
+    chances: list[float]
     found: dict[int, Found]
     rest: float
     complete: bool
 
 
-class SuffixLaw:
+class SuffixLaw(ListedLaw):
     """A law that walks the automata: a handle stands for its longest match in each of them.
 
     A match may run into the tokens of the path, which are text if the path is right.
@@ -69,7 +67,7 @@ class SuffixLaw:
         self._max_contexts = max_contexts
         self._max_successors = max_successors
         self._matches = [matches]
-        self._log_paths = [0.0]
+        self._paths = [1.0]  # the chance of each handle's path
         self._known: dict[tuple[Match, ...], _Guesses] = {}
         # the same behind every node, so they are ranked once
         common: dict[int, Found] = {}
@@ -81,12 +79,12 @@ class SuffixLaw:
         """Returns a new handle for `parent` followed by `token`."""
         matches = self._matches[parent]
         guesses = self._known.get(matches)
-        log_path = self._log_paths[parent]
+        path = self._paths[parent]
         if guesses is not None and token in guesses.tokens:
-            log_chance = guesses.log_chances[guesses.tokens.index(token)]
-            if log_path + log_chance >= math.log(_LEAST_CHANCE):  # it stands in the node's row
-                log_path += log_chance
-        self._log_paths.append(log_path)
+            longer = path * guesses.chances[guesses.tokens.index(token)]
+            if longer >= _LEAST_CHANCE:  # it stands in the node's row
+                path = longer
+        self._paths.append(path)
         self._matches.append(
             tuple(
                 [
@@ -97,26 +95,12 @@ class SuffixLaw:
         )
         return len(self._matches) - 1
 
-    def rows(self, handles: Sequence[int]) -> LawRows:
-        """Returns the chances of what may follow, sorted; see `specdec.types.DraftLaw.rows`."""
-        picked = []
-        for handle in handles:
-            least = _LEAST_CHANCE * math.exp(-self._log_paths[handle])
-            guesses = self._guesses(handle, least)
-            count = bisect_right(guesses.log_chances, -math.log(least), key=neg)
-            picked.append((guesses, count))
-        width = max([1, *(count for _, count in picked)])
-        ids: list[int] = []
-        log_chances: list[float] = []
-        for guesses, count in picked:
-            ids += guesses.tokens[:count]
-            ids += [-1] * (width - count)
-            log_chances += guesses.log_chances[:count]
-            log_chances += [-math.inf] * (width - count)
-        return LawRows(
-            torch.from_numpy(np.array(log_chances, dtype=np.float32).reshape(-1, width)),
-            torch.from_numpy(np.array(ids, dtype=np.int64).reshape(-1, width)),
-        )
+    def guesses(self, handle: int) -> Guesses:
+        """Returns the chances of what may follow; paths that are hardly likely are left out."""
+        least = _LEAST_CHANCE / self._paths[handle]
+        guesses = self._guesses(handle, least)
+        count = bisect_right(guesses.chances, -least, key=neg)
+        return Guesses(guesses.tokens[:count], guesses.chances[:count])
 
     def record(self, handle: int, token: int, calibration: SuffixCalibration) -> None:
         """Counts the guesses at a handle, whose true successor has become known.
@@ -197,7 +181,7 @@ def _sorted(found: dict[int, Found], rest: float, *, complete: bool) -> _Guesses
     best = sorted(found.values(), key=itemgetter(0), reverse=True)[:_MAX_GUESSES]
     return _Guesses(
         [guess[1] for guess in best],
-        [math.log(guess[0]) for guess in best],
+        [guess[0] for guess in best],
         found,
         rest,
         complete or rest == 0.0,

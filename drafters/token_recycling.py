@@ -10,13 +10,14 @@ from torch import Tensor
 
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.learning import LearnedState, LearningDrafter
+from specdec.drafters.listed_law import ListedLaw, at_most_certain
 from specdec.drafters.scored_nodes import ScoredNodes
 from specdec.errors import ConfigError, StateError
 from specdec.types import (
     DraftContext,
     DrafterNeeds,
     DraftLaw,
-    LawRows,
+    Guesses,
     PromptRows,
     StepOutcome,
     TargetInfo,
@@ -84,21 +85,18 @@ class TokenRecycling(LearningDrafter):
         """Returns the law that follows the matrix from the root."""
         return _MatrixLaw(self, context.tokens[-1])
 
-    def rows_of(self, tokens: Sequence[int]) -> LawRows:
-        """Returns the rows of tokens: ids, and the estimated chance that each is the next token."""
-        index = np.asarray(tokens, dtype=np.int64)
-        ids = self._successors[index]
-        log_probs = self._calibration.log_chance(self._log_shares[index])
-        log_probs[ids < 0] = -np.inf
-        return LawRows(torch.from_numpy(log_probs), torch.from_numpy(ids.astype(np.int64)))
+    def guesses(self, token: int) -> Guesses:
+        """Returns a token's row: ids, and the estimated chance that each is the next token."""
+        ids, log_shares = self._row(token)
+        return Guesses(ids, at_most_certain(self._calibration.chances(log_shares)))
 
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then recycles every node's logits."""
         scored = ScoredNodes.of(outcomes, self._k)
-        visited = scored.tokens[scored.visited]
-        self._calibration.record(
-            self._log_shares[visited], self._successors[visited], scored.emitted
-        )
+        visited = scored.tokens[scored.visited].tolist()
+        for token, emitted in zip(visited, scored.emitted.tolist(), strict=True):
+            for rank, (guess, log_share) in enumerate(zip(*self._row(token), strict=True)):
+                self._calibration.record(rank, log_share, guess == emitted)
         order = scored.order
         self._write(scored.tokens[order].tolist(), scored.ids[order], scored.logits[order])
 
@@ -129,6 +127,13 @@ class TokenRecycling(LearningDrafter):
         self._successors, self._log_shares = successors, log_shares
         self._calibration = calibration
 
+    def _row(self, token: int) -> tuple[list[int], list[float]]:
+        """Returns a token's successors, none if it was never scored, and their log-shares."""
+        ids = self._successors[token].tolist()
+        log_shares = self._log_shares[token].tolist()
+        count = ids.index(-1) if ids[-1] < 0 else len(ids)
+        return ids[:count], log_shares[:count]
+
     def _write(self, tokens: list[int], ids: Tensor, logits: Tensor) -> None:
         last = {token: position for position, token in enumerate(tokens)}
         index, source = list(last.keys()), list(last.values())
@@ -137,16 +142,20 @@ class TokenRecycling(LearningDrafter):
         self._log_shares[index] = shares.to(torch.float16).numpy()
 
 
-class _MatrixLaw:
+class _MatrixLaw(ListedLaw):
     """A handle stands for its token: the matrix knows no longer context."""
 
     def __init__(self, drafter: TokenRecycling, root: int) -> None:
         self._drafter = drafter
         self._tokens = [root]
+        self._known: dict[int, Guesses] = {}  # many branches come by the same token
 
     def extend(self, parent: int, token: int) -> int:
         self._tokens.append(token)
         return len(self._tokens) - 1
 
-    def rows(self, handles: Sequence[int]) -> LawRows:
-        return self._drafter.rows_of([self._tokens[handle] for handle in handles])
+    def guesses(self, handle: int) -> Guesses:
+        token = self._tokens[handle]
+        if token not in self._known:
+            self._known[token] = self._drafter.guesses(token)
+        return self._known[token]

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.counted_rows import counted_rows, triples_of
 from specdec.drafters.learning import LearnedState, LearningDrafter
+from specdec.drafters.listed_law import ListedLaw, at_most_certain
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.drafters.scored_nodes import ScoredNodes
 from specdec.errors import ConfigError, StateError
@@ -22,7 +22,7 @@ from specdec.types import (
     DraftContext,
     DrafterNeeds,
     DraftLaw,
-    LawRows,
+    Guesses,
     PromptRows,
     StepOutcome,
     TargetInfo,
@@ -31,18 +31,8 @@ from specdec.types import (
 # where a guess comes from: the pair's row, the last token's where the pair is unknown, and what
 # the last token's row names besides the pair's
 _SOURCES = ("pair", "single", "rest")
-
-
-class _Guesses(NamedTuple):
-    """Stored for n places: k guesses of the pair, or of the single token, then k of the rest.
-
-    ids ``[n, 2 k]`` int32 (padding -1), log_shares ``[n, 2 k]`` float16, and ``[n]`` bool: whether
-    the pair is known.
-    """
-
-    ids: np.ndarray
-    log_shares: np.ndarray
-    known: np.ndarray
+_PAIR, _SINGLE, _REST = range(3)
+_Row = tuple[list[int], list[float]]  # tokens and their log-shares, best first
 
 
 class Trigram(LearningDrafter):
@@ -83,9 +73,6 @@ class Trigram(LearningDrafter):
         self._vocab_size = 0  # 0: not attached yet
         self._num_seen = 0  # one above the largest id of a corpus
         self._before: dict[int, int] = {}  # the token before the root, by row
-        ranks = np.arange(num_successors)
-        self._of_known = np.concatenate([ranks, ranks + 2 * num_successors])
-        self._of_unknown = self._of_known + np.repeat([num_successors, 0], num_successors)
         self._calibrations = [Calibration(num_successors) for _ in _SOURCES]
 
     @classmethod
@@ -165,40 +152,34 @@ class Trigram(LearningDrafter):
         self._before[context.row] = before
         return _PairLaw(self, before, context.tokens[-1])
 
-    def rows_of(self, firsts: Sequence[int], seconds: Sequence[int]) -> tuple[LawRows, np.ndarray]:
-        """Returns the rows of pairs, and ``[n]`` bool: which of the pairs are known.
+    def guesses(self, first: int, second: int) -> Guesses:
+        """Returns the guesses behind two tokens, with the estimated chance of each.
 
         Args:
-            firsts: n token ids, or `NO_TOKEN` where there is none.
-            seconds: n token ids.
-
-        Returns:
-            ids ``[n, 2 k]`` and the estimated chance that each is the next token.
+            first: `NO_TOKEN` where there is none.
+            second: the last token.
         """
-        ids, log_shares, known = self._guesses(firsts, seconds)
-        log_chances = self._log_chances(log_shares, known)
-        log_chances[ids < 0] = -np.inf
-        order = np.argsort(-log_chances, axis=1, kind="stable")
-        order += np.arange(0, ids.size, ids.shape[1])[:, None]
-        log_chances = log_chances.take(order)
-        # together the guesses cannot be more than certain
-        total = np.exp(log_chances).sum(axis=1, keepdims=True)
-        log_chances -= np.log(np.maximum(total, 1.0))
-        successors = torch.from_numpy(ids.take(order).astype(np.int64))
-        return LawRows(torch.from_numpy(log_chances), successors), known
+        chances: dict[int, float] = {}
+        for source, (ids, log_shares) in self._rows(first, second):
+            of_row = self._calibrations[source].chances(log_shares)
+            chances |= dict(zip(ids, of_row, strict=True)) | chances  # what was there stays
+        ranked = sorted(chances, key=chances.__getitem__, reverse=True)
+        return Guesses(ranked, at_most_certain([chances[token] for token in ranked]))
 
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then stores every node's logits."""
         scored = ScoredNodes.of(outcomes, self._k)
         before = [self._before.get(outcome.row, NO_TOKEN) for outcome in outcomes]
         firsts, seconds = scored.tokens_above(before), scored.tokens
-        visited, emitted, order = scored.visited, scored.emitted, scored.order
-        ids, log_shares, known = self._guesses(firsts[visited], seconds[visited])
-        own, rest, unknown = slice(self._k), slice(self._k, None), ~known
-        pair, single, beside = self._calibrations
-        pair.record(log_shares[known, own], ids[known, own], emitted[known])
-        single.record(log_shares[unknown, own], ids[unknown, own], emitted[unknown])
-        beside.record(log_shares[known, rest], ids[known, rest], emitted[known])
+        visited, order = scored.visited, scored.order
+        came_by = zip(
+            firsts[visited].tolist(),
+            seconds[visited].tolist(),
+            scored.emitted.tolist(),
+            strict=True,
+        )
+        for first, second, emitted in came_by:
+            self._count(first, second, emitted)
         self._write(firsts[order], seconds[order], scored.ids[order], scored.logits[order])
         for outcome in outcomes:
             self._before[outcome.row] = [outcome.tree.token_list[0], *outcome.emitted][-2]
@@ -241,35 +222,24 @@ class Trigram(LearningDrafter):
         self._vocab_size = self._vocab_size or vocab_size
         self._calibrations = calibrations
 
-    def _guesses(self, firsts: ArrayLike, seconds: ArrayLike) -> _Guesses:
-        firsts, seconds = np.asarray(firsts), np.asarray(seconds)
-        count = len(seconds)
-        both = self._store.find(
-            np.concatenate([firsts, np.full(count, NO_TOKEN)]), np.concatenate([seconds, seconds])
-        )
+    def _rows(self, first: int, second: int) -> list[tuple[int, _Row]]:
+        """Returns what is stored behind two tokens, each row with its place in `_SOURCES`."""
+        single = self._store.row(NO_TOKEN, second)
         # without a first token the pair is the single token itself, and counted as such
-        known = both.found[:count] & (firsts != NO_TOKEN)
-        single = both.ids[count:]
-        ids = np.concatenate([both.ids[:count], single], axis=1)
-        log_shares = np.concatenate([both.log_shares[:count], both.log_shares[count:]], axis=1)
-        named = (single[:, :, None] == ids[:, None, : self._k]).any(axis=2)
-        ids[:, self._k :][named] = -1
-        unknown = ~known
-        ids[unknown, : self._k] = single[unknown]
-        ids[unknown, self._k :] = -1
-        log_shares[unknown, : self._k] = log_shares[unknown, self._k :]
-        return _Guesses(ids, log_shares, known)
+        pair = None if first == NO_TOKEN else self._store.row(first, second)
+        if pair is None:
+            return [] if single is None else [(_SINGLE, single)]
+        return [(_PAIR, pair)] if single is None else [(_PAIR, pair), (_REST, single)]
 
-    def _log_chances(self, log_shares: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """Returns ``[n, 2 k]`` float32: the log-chance of each guess, falling in either half."""
-        tables = np.concatenate([calibration.table for calibration in self._calibrations])
-        # rows of the three tables: k of the pair or of the single token, then k of the rest
-        table_rows = np.where(known[:, None], self._of_known, self._of_unknown)
-        chances = tables[table_rows, Calibration.buckets_of(log_shares)]
-        # a worse rank is not likelier, whatever few counts say
-        halves = chances.reshape(len(known), 2, self._k)
-        falling: np.ndarray = np.minimum.accumulate(halves, axis=2)
-        return falling.reshape(len(known), 2 * self._k)
+    def _count(self, first: int, second: int, emitted: int) -> None:
+        """Counts the guesses behind two tokens, now that the next one is known."""
+        named: set[int] = set()
+        for source, (ids, log_shares) in self._rows(first, second):
+            calibration = self._calibrations[source]
+            for rank, (token, log_share) in enumerate(zip(ids, log_shares, strict=True)):
+                if token not in named:
+                    calibration.record(rank, log_share, token == emitted)
+            named.update(ids)
 
     def _write(self, firsts: np.ndarray, seconds: np.ndarray, ids: Tensor, logits: Tensor) -> None:
         shares = torch.log_softmax(logits.float(), dim=-1).to(torch.float16).numpy()
@@ -283,18 +253,20 @@ class Trigram(LearningDrafter):
         )
 
 
-class _PairLaw:
+class _PairLaw(ListedLaw):
     """A handle stands for its token and the one before it."""
 
     def __init__(self, drafter: Trigram, before: int, root: int) -> None:
         self._drafter = drafter
-        self._firsts, self._seconds = [before], [root]
+        self._pairs = [(before, root)]
+        self._known: dict[tuple[int, int], Guesses] = {}  # many branches come by the same pair
 
     def extend(self, parent: int, token: int) -> int:
-        self._firsts.append(self._seconds[parent])
-        self._seconds.append(token)
-        return len(self._seconds) - 1
+        self._pairs.append((self._pairs[parent][1], token))
+        return len(self._pairs) - 1
 
-    def rows(self, handles: Sequence[int]) -> LawRows:
-        firsts = [self._firsts[handle] for handle in handles]
-        return self._drafter.rows_of(firsts, [self._seconds[handle] for handle in handles])[0]
+    def guesses(self, handle: int) -> Guesses:
+        pair = self._pairs[handle]
+        if pair not in self._known:
+            self._known[pair] = self._drafter.guesses(*pair)
+        return self._known[pair]

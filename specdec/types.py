@@ -55,6 +55,18 @@ class ProbRow(NamedTuple):
     ids: Tensor | None = None
 
 
+class Guesses(NamedTuple):
+    """What may follow one node, in plain lists. Not to be changed: a law may keep them.
+
+    Attributes:
+        tokens: from likely to unlikely.
+        chances: of `tokens`, all above 0; together at most 1, the rest is "none of these".
+    """
+
+    tokens: Sequence[int]
+    chances: Sequence[float]
+
+
 class Budget(NamedTuple):
     """What a policy may spend on one tree.
 
@@ -230,6 +242,19 @@ class DraftLaw(Protocol):
 
     def rows(self, handles: Sequence[int]) -> LawRows:
         """Returns the next-token law at each handle, in that order."""
+        ...
+
+
+@runtime_checkable
+class ListedLaw(DraftLaw, Protocol):
+    """A law that can be looked up node by node: a table's, not a model's.
+
+    A policy that takes the likeliest nodes then asks for those it takes and no others, without a
+    tensor on the way, which is several times faster than level by level.
+    """
+
+    def guesses(self, handle: int) -> Guesses:
+        """Returns what may follow a handle; `rows` says the same."""
         ...
 
 

@@ -45,11 +45,30 @@ def test_order_and_ends_of_the_vocabulary_are_kept_apart() -> None:
     pairs = [(0, last), (last, 0), (NO_TOKEN, 0), (NO_TOKEN, last), (0, 0), (last, last)]
     ids, shares = rows(0, len(pairs))
     store.write([a for a, _ in pairs], [b for _, b in pairs], ids, shares)
-    found, known = store.rows_of([*pairs, (1, last)])
-    assert known.tolist() == [True] * len(pairs) + [False]
+    found = store.find(*zip(*pairs, (1, last), strict=True))
+    assert found.found.tolist() == [True] * len(pairs) + [False]
     assert found.ids[:-1].tolist() == ids.tolist()
-    assert found.log_probs[0].exp().tolist() == pytest.approx([0.5, 0.3, 0.2], abs=1e-3)
-    assert found.log_probs[-1].tolist() == [-np.inf] * K
+    assert np.exp(found.log_shares[0]).tolist() == pytest.approx([0.5, 0.3, 0.2], abs=1e-3)
+    assert found.log_shares[-1].tolist() == [-np.inf] * K
+
+
+def test_one_row_is_what_all_rows_are() -> None:
+    """Over keys whose products pass 64 bits, full sets and rows that are shorter than others."""
+    generator, last = np.random.default_rng(0), 2**31 - 2
+    store = PairStore(256, K)
+    pairs = generator.integers(-1, last, (400, 2))
+    pairs[:, 1] = pairs[:, 1].clip(min=0)
+    pairs[:3] = [(NO_TOKEN, 0), (last, last), (NO_TOKEN, last)]
+    ids, shares = rows(0, len(pairs))
+    ids[::3, 1:], shares[::3, 1:] = -1, -np.inf
+    store.write(pairs[:, 0], pairs[:, 1], ids, shares)
+    every = store.find(pairs[:, 0], pairs[:, 1])
+    assert 0 < every.found.sum() < len(pairs)
+    assert {1, K} == {int((own >= 0).sum()) for own in every.ids[every.found]}
+    for pair, own_ids, own_shares, found in zip(pairs.tolist(), *every, strict=True):
+        named = own_ids >= 0
+        expected = own_ids[named].tolist(), own_shares[named].tolist()
+        assert store.row(*pair) == (expected if found else None)
 
 
 def test_of_a_pair_written_twice_at_once_the_last_row_stays() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +58,11 @@ def observe(
     drafter.observe([StepOutcome(row, tree, path, emitted, logits)])
 
 
+def is_known(drafter: Trigram, first: int, second: int) -> bool:
+    """Tells whether the two tokens have a row of their own."""
+    return drafter._store.row(first, second) is not None
+
+
 TREE = DraftTree.from_lists([1, 2, 3], [-1, 0, 0])
 FAVOURITES = [(2, 3, 4), (7, 8, 9), (10, 11, 12)]
 
@@ -64,10 +71,10 @@ def test_every_node_is_stored_under_its_pair_accepted_or_not() -> None:
     drafter = attached()
     drafter.start(0, [30, 31], None)
     observe(drafter, TREE, [1], [2, 7], FAVOURITES)
-    rows, known = drafter.rows_of([31, 1, 1, 2], [1, 2, 3, 1])
-    assert known.tolist() == [True, True, True, False]
-    assert rows.ids is not None
-    assert rows.ids[:3, :3].tolist() == [list(tokens) for tokens in FAVOURITES]
+    for pair, favourites in zip([(31, 1), (1, 2), (1, 3)], FAVOURITES, strict=True):
+        assert is_known(drafter, *pair)
+        assert tuple(drafter.guesses(*pair).tokens[:3]) == favourites
+    assert not is_known(drafter, 2, 1)
 
 
 def test_an_unknown_pair_falls_back_to_its_last_token() -> None:
@@ -113,9 +120,8 @@ def test_the_root_is_stored_under_the_token_before_it_at_every_step() -> None:
     drafter.stop(0)
     observe(drafter, DraftTree.root_only(9), [], [1], [(1, 2, 3)])  # nothing known before 9
     pairs = [(31, 4), (4, 5), (5, 6), (6, 7), (32, 4)]
-    _, known = drafter.rows_of([a for a, _ in pairs], [b for _, b in pairs])
-    assert known.all()
-    assert not drafter.rows_of([7], [9])[1].any()
+    assert all(is_known(drafter, *pair) for pair in pairs)
+    assert not is_known(drafter, 7, 9)
     assert guesses(law_after(drafter, 31, 4))[0] == 20
 
 
@@ -123,7 +129,8 @@ def test_prompt_positions_are_stored_on_demand() -> None:
     rows = PromptRows(torch.tensor([[4, 5, 6], [7, 8, 9]]), torch.tensor([[3.0, 2, 1]] * 2))
     drafter = attached()
     drafter.start(0, [30, 1, 2], rows)  # the rows belong to the last two positions
-    assert drafter.rows_of([30, 1], [1, 2])[1].all()
+    assert is_known(drafter, 30, 1)
+    assert is_known(drafter, 1, 2)
     assert guesses(law_after(drafter, 1, 2)) == [7, 8, 9]
     assert guesses(law_after(drafter, 30)) == []
     drafter.start(1, [8, 9], rows)  # the first token of a prompt has none before it
@@ -153,17 +160,16 @@ def test_rows_fall_name_no_token_twice_and_never_exceed_one() -> None:
         logits = 4 * torch.randn(4, VOCAB, generator=generator)
         tree = DraftTree.from_lists(tokens, [-1, 0, 1, 2])
         drafter.observe([StepOutcome(0, tree, [], [int(logits[0].argmax())], logits)])
-    firsts, seconds = np.divmod(np.arange(VOCAB**2), VOCAB)
-    rows, known = drafter.rows_of(firsts, seconds)
-    assert rows.ids is not None
-    assert 0.05 < known.mean() < 0.5
-    finite = rows.log_probs.clamp(min=-1e9)
-    assert (finite.diff(dim=1) <= 0).all()
-    assert (rows.log_probs.exp().sum(dim=1) <= 1 + 1e-6).all()
-    assert ((rows.ids >= 0) == (rows.log_probs > -torch.inf)).all()
-    for ids in rows.ids.tolist():
-        named = [token for token in ids if token >= 0]
-        assert len(set(named)) == len(named)
+    pairs = list(itertools.product(range(VOCAB), repeat=2))
+    assert 0.05 < sum(is_known(drafter, *pair) for pair in pairs) / len(pairs) < 0.5
+    lengths = set()
+    for pair in pairs:
+        tokens, chances = drafter.guesses(*pair)
+        assert list(chances) == sorted(chances, reverse=True)
+        assert sum(chances) <= 1 + 1e-9
+        assert len(set(tokens)) == len(tokens) == len(chances)
+        lengths.add(len(tokens))
+    assert {8, 16} <= lengths  # a single token's guesses, and both rows' with none in common
 
 
 @pytest.mark.parametrize("vocab_size", [32_000, 256_000])
@@ -211,9 +217,9 @@ def test_a_corpus_gives_counts_after_two_tokens_and_after_one() -> None:
             # the text's own first token has no pair, but a successor
             whole = text if first != NO_TOKEN else [NO_TOKEN, *text]
             counts = counted_by_hand(whole, first, second)
-            (stored,) = drafter._store.rows_of([(first, second)])[0].log_probs.exp().tolist()
+            _, stored = drafter._store.row(first, second) or ([], [])
             expected = sorted(counts.values(), reverse=True)
-            assert [share * (sum(expected) + 1) for share in stored[: len(expected)]] == (
+            assert [math.exp(share) * (sum(expected) + 1) for share in stored] == (
                 pytest.approx(expected, rel=5e-3)
             )
 
@@ -223,7 +229,8 @@ def test_texts_are_counted_together_but_not_across_their_ends() -> None:
     drafter.learn([1, 2, 3], [1, 2, 4], [5, 1, 2, 4])
     assert guesses(law_after(drafter, 1, 2)) == [4, 3]
     assert guesses(law_after(drafter, 2, 3)) == []
-    assert drafter.rows_of([3, 4], [1, 5])[1].tolist() == [False, False]
+    assert not is_known(drafter, 3, 1)
+    assert not is_known(drafter, 4, 5)
     drafter.learn([], [7])  # too short to tell anything
     assert guesses(law_after(drafter, 7)) == []
 

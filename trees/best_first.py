@@ -10,12 +10,12 @@ import torch
 
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
+from specdec.trees.heap import LIKELY_CHILD, grow_by_heap, is_listed
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
 Candidates = tuple[np.ndarray, np.ndarray]  # ids [n, k] int64, log-values [n, k] float32
 _LEAST_LOG = float(np.finfo(np.float32).min)  # below it is only what cannot be, -inf
-_LIKELY_CHILD = math.log(0.7)  # few children are as likely as that, so their calls are left out
 # gives the candidates below the nodes of one level, best first, from the nodes' laws, their handles
 # and the depth of the candidates
 Weigh = Callable[[LawRows, Sequence[int], int], Candidates]
@@ -41,11 +41,11 @@ class BestFirst(BasePolicy):
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
-
-        def weigh(rows: LawRows, _handles: Sequence[int], _depth: int) -> Candidates:
-            return most_probable(rows, min(self._max_branching, budget.nodes))
-
-        return (yield from grow_best_first(law, root, budget, weigh, max_depth=self._max_depth))
+        return (
+            yield from grow_likeliest(
+                law, root, budget, max_branching=self._max_branching, max_depth=self._max_depth
+            )
+        )
 
 
 class TopN(BasePolicy):
@@ -94,6 +94,36 @@ def most_probable(rows: LawRows, count: int) -> Candidates:
     return ids.numpy(force=True)[:, :count], log_probs.numpy(force=True)[:, :count]
 
 
+def grow_likeliest(
+    law: DraftLaw,
+    root: Root,
+    budget: Budget,
+    *,
+    max_branching: int,
+    max_depth: int,
+    draw: Draw = Draw.POINT,
+) -> GrowPlan:
+    """Grows the tree of the `budget.nodes` likeliest paths, node by node where the law can.
+
+    Args:
+        law: the drafter's guess.
+        root: where the tree starts.
+        budget: nodes, depth and the least chance of a path.
+        max_branching: the most children of a node.
+        max_depth: the deepest level, whatever the budget.
+        draw: how the nodes came to be.
+    """
+    if is_listed(law):
+        return grow_by_heap(
+            law, root, budget, max_branching=max_branching, max_depth=max_depth, draw=draw
+        )
+
+    def weigh(rows: LawRows, _handles: Sequence[int], _depth: int) -> Candidates:
+        return most_probable(rows, min(max_branching, budget.nodes))
+
+    return (yield from grow_best_first(law, root, budget, weigh, max_depth=max_depth, draw=draw))
+
+
 def grow_best_first(
     law: DraftLaw,
     root: Root,
@@ -106,7 +136,7 @@ def grow_best_first(
 ) -> GrowPlan:
     """Grows the tree of the `budget.nodes` largest products of values along their paths.
 
-    A heap of slots would pop the same nodes one draft call at a time. Here each level is
+    `grow_by_heap` takes the same nodes one draft call at a time. Here each level is
     over-generated in one call and everything that the best nodes so far already beat is dropped:
     a child is never worth more than its parent, so the kept set is closed and is the heap's. Ties
     go to the node that was created first.
@@ -141,7 +171,7 @@ def grow_best_first(
         handles += [law.extend(handles[p], token) for p, token in zip(above, own, strict=True)]
         chances.append(np.exp(log_values.ravel()[kept]))
         values = np.concatenate([values, child_values[kept]])
-        frontier = first + np.flatnonzero(values[first:] + _LIKELY_CHILD >= least)
+        frontier = first + np.flatnonzero(values[first:] + math.log(LIKELY_CHILD) >= least)
         if not len(frontier):
             break
         if width is not None and len(frontier) > width:

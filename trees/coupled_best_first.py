@@ -11,7 +11,12 @@ import torch
 
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
-from specdec.trees.best_first import Candidates, grow_best_first, most_probable
+from specdec.trees.best_first import (
+    Candidates,
+    grow_best_first,
+    grow_likeliest,
+    most_probable,
+)
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root, StepOutcome
 
@@ -63,11 +68,20 @@ class CoupledBestFirst(BasePolicy):
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
+        if root.greedy:
+            return (
+                yield from grow_likeliest(
+                    law,
+                    root,
+                    budget,
+                    max_branching=self._max_branching,
+                    max_depth=self._max_depth,
+                    draw=Draw.COUPLED,
+                )
+            )
         noted: dict[int, _Candidates] = {}
 
         def weigh(rows: LawRows, handles: Sequence[int], depth: int) -> Candidates:
-            if root.greedy:
-                return most_probable(rows, min(self._max_branching, budget.nodes))
             ids, features = _features(rows, random, root.position + depth)
             for handle, own_ids, own_features in zip(handles, ids, features, strict=True):
                 noted[handle] = _Candidates(own_ids, own_features)

@@ -61,10 +61,10 @@ class DraftTree:
         cls,
         tokens: Sequence[int],
         parents: Sequence[int],
-        draws: Sequence[Draw] | None = None,
+        draws: Sequence[int] | None = None,
         q_row: Sequence[int] | None = None,
         q: LawRows | None = None,
-        chances: Sequence[float] | None = None,
+        chances: Sequence[float] | np.ndarray | None = None,
         handles: Sequence[int] | None = None,
     ) -> DraftTree:
         """Returns a tree from plain lists; without `draws` every node is a point mass."""
@@ -291,5 +291,5 @@ class DraftTree:
         return tree_graph(self, decode, path, target_probs)
 
 
-def _column(values: Sequence[float], dtype: type[np.generic]) -> Tensor:
+def _column(values: Sequence[float] | np.ndarray, dtype: type[np.generic]) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=dtype))  # torch.tensor reads lists more slowly
