@@ -143,7 +143,7 @@ class BlockDrafter(BaseDrafter, ABC):
                     for old, new, row in zip(guesses, newer, given, strict=True)
                 ]
         for law, stem, guess in zip(laws, stems, guesses, strict=True):
-            law.guesses[stem] = guess
+            law.by_stem[stem] = guess
 
     def _most_confident(self, given: Tensor, guess: Guess, goal: int) -> Tensor:
         """Returns ``[k]`` given tokens with the surest of the others, `goal` in all."""
@@ -182,7 +182,7 @@ class BlockLaw:
         self.warp = context.warp
         self.text = context.tokens
         self.length = len(context.tokens)  # the text goes on growing
-        self.guesses: dict[tuple[int, ...], Guess] = {}
+        self.by_stem: dict[tuple[int, ...], Guess] = {}
         self._num_predicted = num_predicted
         self._run = run
         self._paths: list[tuple[int, ...]] = [()]
@@ -211,7 +211,7 @@ class BlockLaw:
         wanted = dict.fromkeys(
             self._stem(handle) for handle in handles if self._slot(handle) < self._num_predicted
         )
-        return [stem for stem in wanted if stem not in self.guesses]
+        return [stem for stem in wanted if stem not in self.by_stem]
 
     def know(
         self,
@@ -240,7 +240,7 @@ class BlockLaw:
             if not by_previous:  # all depths at once: the next level will ask
                 own = [(stem, slot, _NO_TOKEN) for slot in self._run_of(own[0][1])]
             ids, log_probs = name(
-                self, self.guesses[stem], [slot for _, slot, _ in own], [last for _, _, last in own]
+                self, self.by_stem[stem], [slot for _, slot, _ in own], [last for _, _, last in own]
             )
             self._shared.update(zip(own, zip(ids, log_probs, strict=True), strict=True))
         for handle, key in keys.items():

@@ -217,6 +217,12 @@ def test_a_hybrid_is_looked_up_only_where_all_its_sources_are() -> None:
     assert grown(BestFirst(), mixed, Budget(8, 4), levels=True).num_drafted == 8
 
 
+def test_a_law_that_merely_keeps_guesses_is_not_looked_up() -> None:
+    law = ToyDraft(6, 1).law(PREFIX)
+    law.guesses = {(): 3}  # type: ignore[attr-defined]
+    assert grown(BestFirst(), law, Budget(5, 3), levels=True).num_drafted == 5
+
+
 def test_a_hybrid_learns_from_what_was_looked_up() -> None:
     drafter = taught(Hybrid([Suffix(), Trigram()]))
     before = drafter._weights.copy()
