@@ -16,29 +16,18 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from specdec.backend.cache import TreeCache
 from specdec.backend.support import PositionLimit
 from specdec.budget import NodeBudget
-from specdec.build import names_of
 from specdec.call import Call
-from specdec.errors import ConfigError
+from specdec.drafting import Drafting
 from specdec.random import RowStreams
 from specdec.row_copies import row_copies
 from specdec.row_text import Row, RowEnded, Step
 from specdec.rows import RowInput
-from specdec.sampling import Prefix, ProcessedLaw, warp_logits
+from specdec.sampling import Prefix, ProcessedLaw
 from specdec.stats import DecodeStats
 from specdec.stopping import RowStopper
 from specdec.target import Scores, TargetModel
-from specdec.trees.grow import grow_trees
 from specdec.trees.tree import DraftTree
-from specdec.types import (
-    Budget,
-    DraftContext,
-    Drafter,
-    Root,
-    StepOutcome,
-    TargetCache,
-    TreePolicy,
-    Verifier,
-)
+from specdec.types import Drafter, StepOutcome, TreePolicy, Verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +74,9 @@ class DecodeLoop:
         self._target = target
         self._stats = stats
         self._positions = positions
-        self._vocab_size = vocab_size
+        self._drafting = Drafting(
+            parts, target.cache, greedy=call.greedy, vocab_size=vocab_size, positions=positions
+        )
         device = call.input_ids.device
         count = len(inputs)
         details = bool(call.config.return_dict_in_generate)
@@ -186,7 +177,7 @@ class DecodeLoop:
         with self._stats.timed("draft"):
             begin = time.perf_counter()
             context = sum(self._target.lengths) / len(active)
-            trees = self._draft(active, context)
+            trees = self._drafting.trees(active, context)
             rows = [row.index for row in active]
             trees = self._parts.budget.cut(rows, trees, context, time.perf_counter() - begin)
         before = self._pass_seconds
@@ -221,48 +212,6 @@ class DecodeLoop:
     def _pass_seconds(self) -> float:
         """Seconds of the passes so far; verifying waits for what a device has not done yet."""
         return self._stats.seconds["target"] + self._stats.seconds["verify"]
-
-    def _draft(self, active: list[Row], context: float) -> list[DraftTree]:
-        parts = self._parts
-        trees = [DraftTree.root_only(row.tokens[-1]) for row in active]
-        if parts.drafter is None:
-            return trees
-        allotted = parts.budget.allot([row.index for row in active], context)
-        budgets = [self._within_text(row, own) for row, own in zip(active, allotted, strict=True)]
-        growing = [i for i, budget in enumerate(budgets) if budget.nodes and budget.depth]
-        plans = []
-        for i in growing:
-            row = active[i]
-            remaining = budgets[i].depth + 1
-            warp = None if self._call.greedy else partial(warp_logits, row.processors)
-            shared = TargetCache(self._target.cache, i)
-            law = parts.drafter.law(DraftContext(row.index, row.tokens, remaining, warp, shared))
-            root = Root(row.tokens[-1], row.root_position, self._call.greedy)
-            plans.append((law, parts.policy.grow(law, root, budgets[i], row.streams.draft)))
-        for i, tree in zip(growing, grow_trees(plans, parts.drafter.expand), strict=True):
-            if max(tree.token_list) >= self._vocab_size:
-                raise ConfigError(
-                    f"drafter {parts.drafter.name!r} guessed token {max(tree.token_list)}, but the "
-                    f"model's vocabulary has {self._vocab_size}; their tokenizers do not fit"
-                )
-            if not tree.kinds <= parts.verifier.accepts:
-                raise ConfigError(
-                    f"policy {parts.policy.name!r} made a tree with nodes drawn as "
-                    f"{names_of(tree.kinds)}; verifier {parts.verifier.name!r} is exact for "
-                    f"{names_of(parts.verifier.accepts)} only"
-                )
-            trees[i] = tree
-        return trees
-
-    def _within_text(self, row: Row, budget: Budget) -> Budget:
-        """Returns the budget, no deeper than the row's text may still become."""
-        depth = min(budget.nodes, budget.depth)
-        remaining = row.stopper.remaining(row.prefix.length)
-        if remaining is not None:
-            depth = min(depth, remaining - 1)
-        if self._positions is not None:
-            depth = min(depth, self._positions.num_positions - 1 - row.root_position)
-        return budget._replace(depth=max(depth, 0))
 
     def _verify(self, row: Row, tree: DraftTree, logits: Tensor, steps: list[Step]) -> None:
         """Lets the verifier decide; adds to `steps` what became text, also when it raises."""
