@@ -36,8 +36,8 @@ class PairStore:
 
     A pair may stand in any of the eight slots of its set; its 64-bit key is kept there and
     compared, so that two pairs never take each other's rows. When a set is full, the pair that was
-    written longest ago gives way. Reading and writing n pairs costs a few numpy calls whatever n
-    is. A slot takes 12 + 6 k bytes, touched only when it is first written.
+    written longest ago gives way. Writing n pairs costs a few numpy calls whatever n is; reading
+    goes pair by pair, as a tree asks. A slot takes 12 + 6 k bytes, touched when first written.
 
     The first of a pair may be `NO_TOKEN`: a row for the second token alone.
 
@@ -79,7 +79,7 @@ class PairStore:
         return sum(table.nbytes for table in tables)
 
     def find(self, firsts: ArrayLike, seconds: ArrayLike) -> StoredRows:
-        """Returns what is stored under pairs.
+        """Returns what is stored under pairs; the reference of `row`.
 
         Args:
             firsts: ``[n]`` token ids, or `NO_TOKEN`.

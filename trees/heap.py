@@ -10,7 +10,7 @@ from specdec.errors import LogitsError
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, Guesses, ListedLaw, Root
 
-LIKELY_CHILD = 0.7  # few children are as likely as that, so those of hardly worthy nodes stay out
+LIKELY_CHILD = 0.7  # few children are likelier, so what would need one is not looked up
 _ROUNDING = 1e-3
 _NOTHING = Guesses((), ())
 
