@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from specdec.random import RowStreams, row_streams
 from specdec.sampling import Prefix, ProcessedLaw
 from specdec.trees.grow import grow_trees
 from specdec.trees.tree import DraftTree
-from specdec.types import Budget, LawRows, Root, TreePolicy, Verifier
+from specdec.types import Budget, DraftLaw, LawRows, Root, TreePolicy, Verifier
 
 _TABLE = 64  # different laws a case draws on
 
@@ -65,32 +66,49 @@ def random_laws(vocab_size: int, *, sparse: bool) -> tuple[Tensor, Tensor | None
     return top.values, top.indices
 
 
-def grow(
+def timed_grow(
     policy: TreePolicy,
     streams: Sequence[RowStreams],
     laws: tuple[Tensor, Tensor | None],
     nodes: int,
     repeat: int,
-) -> DraftTree:
-    """Grows one tree."""
-    law = GivenLaw(*laws)
+) -> tuple[DraftTree, float]:
+    """Grows one tree; returns it with its seconds, without those in which the law was looked up."""
+    law, looked_up = GivenLaw(*laws), 0.0
+
+    def answer(asked: Sequence[tuple[DraftLaw, Sequence[int]]]) -> list[LawRows]:
+        nonlocal looked_up
+        begin = time.perf_counter()
+        rows = [one.rows(handles) for one, handles in asked]
+        looked_up += time.perf_counter() - begin
+        return rows
+
+    begin = time.perf_counter()
     plan = policy.grow(law, Root(0, 7), Budget(nodes, 16), streams[repeat].draft)
-    return grow_trees([(law, plan)], lambda asked: [one.rows(h) for one, h in asked])[0]
+    tree = grow_trees([(law, plan)], answer)[0]
+    return tree, time.perf_counter() - begin - looked_up
 
 
-def verify(
+def grow_seconds(*case: Any) -> float:
+    """Returns the seconds of `timed_grow`."""
+    return timed_grow(*case)[1]
+
+
+def timed_verify(
     verifier: Verifier,
     streams: Sequence[RowStreams],
     tree: DraftTree,
     logits: Tensor,
     repeat: int,
-) -> None:
-    """Verifies one tree; the target's logits are given, no processors."""
+) -> float:
+    """Verifies one tree; the target's logits are given, no processors. Returns the seconds."""
+    begin = time.perf_counter()
     prefix = Prefix([1, 2, 3, 4, 5, 6, 7, 0], torch.device("cpu"))
     law = ProcessedLaw(
         tree, logits, prefix, LogitsProcessorList(), greedy=False, root_position=prefix.length - 1
     )
     verifier.verify(tree, law, streams[repeat].verify)
+    return time.perf_counter() - begin
 
 
 def main() -> None:
@@ -114,20 +132,20 @@ def main() -> None:
     target = dense + torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
     # as in a generator, parts and random streams are there before a tree is wanted
     streams = [row_streams(seed, 0) for seed in range(max(_TABLE, arguments.repeats + 1))]
-    cases: dict[tuple[str, str, str, int], Callable[[int], object]] = {}
+    cases: dict[tuple[str, str, str, int], Callable[[int], float]] = {}
     for nodes in arguments.nodes:
         for kind, given in laws.items():
             for name in arguments.policies:
-                policy = build_policy(name)
-                cases["grow", name, kind, nodes] = partial(grow, policy, streams, given, nodes)
+                cases["grow", name, kind, nodes] = partial(
+                    grow_seconds, build_policy(name), streams, given, nodes
+                )
             cases |= verify_cases(arguments.verify_policy, streams, given, kind, nodes, target)
     seconds: dict[tuple[str, str, str, int], list[float]] = defaultdict(list)
     for repeat in trange(arguments.repeats + 1, desc="repeats"):
         for key, run in cases.items():
-            begin = time.perf_counter()
-            run(repeat)
+            taken = run(repeat)
             if repeat:  # the first one warms up
-                seconds[key].append(time.perf_counter() - begin)
+                seconds[key].append(taken)
     for action in ("grow", "verify"):
         print_table(action, seconds, arguments)
 
@@ -139,9 +157,9 @@ def verify_cases(
     kind: str,
     nodes: int,
     target: Tensor,
-) -> dict[tuple[str, str, str, int], Callable[[int], object]]:
+) -> dict[tuple[str, str, str, int], Callable[[int], float]]:
     """Returns a case for each verifier that takes the policy's trees."""
-    cases: dict[tuple[str, str, str, int], Callable[[int], object]] = {}
+    cases: dict[tuple[str, str, str, int], Callable[[int], float]] = {}
     draws = build_policy(policy).draws
     for name in VERIFIERS:
         taken = policy
@@ -150,7 +168,8 @@ def verify_cases(
             taken = "best_first" if name == "match" else "iid"
         if name == "block":
             continue  # chains only
-        trees = [grow(build_policy(taken), streams, laws, nodes, n) for n in range(_TABLE)]
+        grown = build_policy(taken)
+        trees = [timed_grow(grown, streams, laws, nodes, n)[0] for n in range(_TABLE)]
         logits = [target[[t % _TABLE for t in tree.token_list]] for tree in trees]
 
         def run(
@@ -158,9 +177,9 @@ def verify_cases(
             verifier: Verifier = verifier,
             trees: list[DraftTree] = trees,
             logits: list[Tensor] = logits,
-        ) -> None:
+        ) -> float:
             case = repeat % _TABLE
-            verify(verifier, streams, trees[case], logits[case], repeat)
+            return timed_verify(verifier, streams, trees[case], logits[case], repeat)
 
         cases["verify", f"{name} ({taken})", kind, nodes] = run
     return cases

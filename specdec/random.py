@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.kernels.argmax import argmax_row
-from specdec.kernels.philox import GUMBEL_RANGE, gumbel, keyed_bits_dense, keyed_gumbel
+from specdec.kernels.keyed_argmax import keyed_argmax
+from specdec.kernels.philox import keyed_gumbel
 
 _WORD = (1 << 64) - 1
 _SHORT = 64  # weights that are all drawn at once rather than by blocks
@@ -96,20 +96,8 @@ class SeededRandom:
         return [_BlockedDraws(row, self._generator) for row in weights]
 
     def gumbel_argmax(self, scores: Tensor, position: int) -> int:
-        """Returns argmax(scores + g); g is evaluated only where it could still win."""
-        top = argmax_row(scores)
-        within = scores > scores[top] - GUMBEL_RANGE
-        if 2 * int(within.sum()) <= len(scores):
-            support = torch.nonzero(within).squeeze(-1)
-            noise = keyed_gumbel(self._seed, self._row, position, support)
-            return int(support[torch.argmax(scores[support].double() + noise)])
-        bits = keyed_bits_dense(self._seed, self._row, position, len(scores), scores.device)
-        # g = -log(-log(1 - u)) <= -log u, so score + g reaches that of the top token only where
-        # u <= exp(score - reached); the logarithms are taken for these few
-        reached = scores[top].double() + gumbel(bits[top])
-        largest = torch.exp(scores - reached) * (2.0**32 * (1.0 + 1e-4))
-        support = torch.nonzero(bits <= largest).squeeze(-1)
-        return int(support[torch.argmax(scores[support].double() + gumbel(bits[support]))])
+        """Returns argmax(scores + g)."""
+        return keyed_argmax(scores, self._seed, self._row, position)
 
     def keyed_noise(self, position: int, token_ids: Tensor) -> Tensor:
         """Returns the noise of `gumbel_argmax` for the ids."""
@@ -126,7 +114,7 @@ def _races(
     with np.errstate(divide="ignore"):
         times = generator.standard_exponential(weights.shape) / weights
     order = np.argsort(times, axis=1)
-    shares = np.take_along_axis(weights, order, axis=1)
+    shares = weights[np.arange(len(weights))[:, None], order]  # take_along_axis takes twice as long
     return [
         iter(list(zip(places, values, strict=True))[: values.index(0.0) if 0.0 in values else None])
         for places, values in zip(order.tolist(), shares.tolist(), strict=True)

@@ -8,6 +8,7 @@ from itertools import islice, pairwise
 import pytest
 import torch
 
+from specdec.kernels.keyed_argmax import keyed_argmax, keyed_argmax_reference
 from specdec.kernels.philox import (
     keyed_gumbel,
     keyed_gumbel_dense,
@@ -153,6 +154,22 @@ def test_gumbel_argmax_is_the_argmax_with_all_the_noise(spread: float, dtype: to
         scores[position::7] = float("-inf")
         noisy = scores.double() + keyed_gumbel_dense(8, 2, position, len(scores), CPU)
         assert SeededRandom(8, 2, 0).gumbel_argmax(scores, position) == int(noisy.argmax())
+
+
+@pytest.mark.parametrize(
+    ("above", "vocab_size"), [(0.0, 20_000), (5.5, 500), (6.0, 500), (7.0, 20_000), (24.0, 20_000)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_of_many_unlikely_tokens_may_win(
+    above: float, vocab_size: int, dtype: torch.dtype
+) -> None:
+    """Far below the likeliest token only the rarest noise wins; no such token is passed over."""
+    scores = torch.zeros(vocab_size, dtype=dtype)
+    scores[123] = above
+    expected = [keyed_argmax_reference(scores, 5, 1, position) for position in range(80)]
+    assert [keyed_argmax(scores, 5, 1, position) for position in range(80)] == expected
+    if above == 7.0:
+        assert len(set(expected)) > 60  # 95 % of them are not the likeliest
 
 
 def test_gumbel_argmax_follows_softmax() -> None:

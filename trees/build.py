@@ -69,18 +69,28 @@ class TreeBuilder:
         )
 
     def _kept_laws(self) -> LawRows:
-        width = max(rows.log_probs.shape[1] for rows, _ in self._laws)
-        log_probs = [_chosen(rows.log_probs, kept, width, -torch.inf) for rows, kept in self._laws]
-        ids = [
-            _chosen(rows.ids, kept, width, -1) for rows, kept in self._laws if rows.ids is not None
-        ]
+        index: list[int] = []
+        begin = 0
+        for rows, kept in self._laws:
+            index += [begin + place for place in kept]
+            begin += len(rows.log_probs)
+        place = torch.tensor(index, device=self._laws[0][0].log_probs.device)
+        log_probs = _stacked([rows.log_probs for rows, _ in self._laws], -torch.inf)
+        ids = [rows.ids for rows, _ in self._laws if rows.ids is not None]
         return LawRows(
-            torch.log_softmax(torch.cat(log_probs), dim=-1), torch.cat(ids) if ids else None
+            torch.log_softmax(log_probs.index_select(0, place), dim=-1),
+            _stacked(ids, -1).index_select(0, place) if ids else None,
         )
 
 
-def _chosen(table: Tensor, kept: list[int], width: int, filler: float) -> Tensor:
-    """Returns rows of ``[n, k]`` padded to `width`; some levels name fewer tokens than others."""
-    chosen = table.index_select(0, torch.tensor(kept, device=table.device))
-    missing = width - table.shape[1]
-    return torch.nn.functional.pad(chosen, (0, missing), value=filler) if missing else chosen
+def _stacked(tables: list[Tensor], filler: float) -> Tensor:
+    """Returns tables ``[n, k]`` below each other; some levels name fewer tokens than others."""
+    width = max(table.shape[1] for table in tables)
+    return torch.cat(
+        [
+            torch.nn.functional.pad(table, (0, width - table.shape[1]), value=filler)
+            if table.shape[1] < width
+            else table
+            for table in tables
+        ]
+    )

@@ -19,7 +19,8 @@ class _Node:
     """A node whose children are drawn one after another.
 
     `slot_value` is the chance, under the draft law, that verification reaches this node's slot; it
-    does not contain the node's own token. `path_value` does.
+    does not contain the node's own token. `path_value` does. `next_slot` is the value of the slot
+    of this node's next child.
     """
 
     token: int
@@ -28,16 +29,12 @@ class _Node:
     depth: int
     slot_value: float
     path_value: float
+    next_slot: float
     chance: float = 1.0
     row: tuple[LawRows, int] | None = None
     ids: list[int] | None = None
     draws: Iterator[tuple[int, float]] | None = None
     mass_left: float = 1.0
-
-    @property
-    def next_slot(self) -> float:
-        """Value of the slot of this node's next child."""
-        return self.path_value * self.mass_left
 
 
 @dataclass(slots=True)
@@ -69,8 +66,10 @@ class _Grower:
         handle, slot = self.law.extend(node.handle, token), node.next_slot
         # the slot is worth at least what is drawn from it; rounding must not say otherwise
         path = min(node.path_value * probability, slot)
-        self.nodes.append(_Node(token, parent, handle, node.depth + 1, slot, path, probability))
+        child = _Node(token, parent, handle, node.depth + 1, slot, path, path, probability)
+        self.nodes.append(child)
         node.mass_left = max(node.mass_left - probability, 0.0)
+        node.next_slot = node.path_value * node.mass_left
         return len(self.nodes) - 1
 
     def tree(self, keep: list[int]) -> DraftTree:
@@ -95,7 +94,7 @@ class _Grower:
 
 
 def _root(root: Root) -> _Node:
-    return _Node(root.token, -1, 0, 0, 1.0, 1.0)
+    return _Node(root.token, -1, 0, 0, 1.0, 1.0, 1.0)
 
 
 class DySpec(BasePolicy):

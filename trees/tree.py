@@ -121,12 +121,12 @@ class DraftTree:
             if not possible:
                 token = self.token_list[node]
                 raise TreeError(f"node {node} holds token {token}, which its law never draws")
-        seen: set[tuple[int, int]] = set()
-        edges = zip(self.parent_list, self.token_list, self.draw_list, strict=True)
-        for node, (parent, token, draw) in enumerate(edges):
-            if draw == Draw.WOR and (parent, token) in seen:
+        edges = list(zip(self.parent_list, self.token_list, strict=True))
+        if len(set(edges)) == len(edges):
+            return
+        for node, edge in enumerate(edges):
+            if self.draw_list[node] == Draw.WOR and edge in edges[:node]:
                 raise TreeError(f"node {node} repeats a sibling that it was drawn without")
-            seen.add((parent, token))
 
     def _can_be_drawn(self, q: LawRows) -> list[bool]:
         """Returns for each drawn node whether its law gives its token any probability."""
