@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 
@@ -13,7 +11,9 @@ from specdec.errors import StateError
 
 # survivor-probability edges of the buckets
 _EDGES = np.log(np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95], dtype=np.float32))
-_EDGE_LIST = _EDGES.tolist()
+# the bucket of every float16, by its bits: one look where a bisection would take twice as long
+_FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+_BUCKETS = np.searchsorted(_EDGES, _FLOAT16).astype(np.uint8).tobytes()
 _PRIOR_STRENGTH = 20.0
 
 
@@ -37,19 +37,24 @@ class Calibration:
         self._trials: list[list[float]] = trials.tolist()
         self._chances: list[list[float]] = (hits / trials).tolist()
 
-    def chances(self, log_shares: Sequence[float]) -> list[float]:
+    def chances(self, share_bits: Sequence[int]) -> list[float]:
         """Returns the chance of each guess of a row, falling: a worse rank is not likelier.
 
         Args:
-            log_shares: of each guess, its share among those that were kept, in their order.
+            share_bits: of each guess, the log of its share among those that were kept, as the bits
+                of a float16.
         """
-        by_rank = zip(self._chances, log_shares, strict=False)
-        own = [chances[bisect_left(_EDGE_LIST, log_share)] for chances, log_share in by_rank]
-        return list(accumulate(own, min))
+        falling, least = [], 1.0
+        for chances, bits in zip(self._chances, share_bits, strict=False):
+            chance = chances[_BUCKETS[bits]]
+            if chance < least:
+                least = chance
+            falling.append(least)
+        return falling
 
-    def record(self, rank: int, log_share: float, hit: bool) -> None:
+    def record(self, rank: int, share_bits: int, hit: bool) -> None:
         """Counts a guess whose true token has become known."""
-        bucket = bisect_left(_EDGE_LIST, log_share)
+        bucket = _BUCKETS[share_bits]
         hits, trials = self._hits[rank], self._trials[rank]
         hits[bucket] += hit
         trials[bucket] += 1.0
@@ -63,7 +68,7 @@ class Calibration:
     def restored(state: LearnedState, num_ranks: int) -> Calibration:
         """Returns the calibration of a state. Raises StateError if it does not fit."""
         calibration = Calibration(num_ranks)
-        shape = (num_ranks, len(_EDGE_LIST) + 1)
+        shape = (num_ranks, len(_EDGES) + 1)
         hits = state.array("hits", shape, np.float64)
         trials = state.array("trials", shape, np.float64)
         if not (hits > 0).all() or not (trials > 0).all():

@@ -87,16 +87,16 @@ class TokenRecycling(LearningDrafter):
 
     def guesses(self, token: int) -> Guesses:
         """Returns a token's row: ids, and the estimated chance that each is the next token."""
-        ids, log_shares = self._row(token)
-        return Guesses(ids, at_most_certain(self._calibration.chances(log_shares)))
+        ids, share_bits = self._row(token)
+        return Guesses(ids, at_most_certain(self._calibration.chances(share_bits)))
 
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then recycles every node's logits."""
         scored = ScoredNodes.of(outcomes, self._k)
         visited = scored.tokens[scored.visited].tolist()
         for token, emitted in zip(visited, scored.emitted.tolist(), strict=True):
-            for rank, (guess, log_share) in enumerate(zip(*self._row(token), strict=True)):
-                self._calibration.record(rank, log_share, guess == emitted)
+            for rank, (guess, bits) in enumerate(zip(*self._row(token), strict=True)):
+                self._calibration.record(rank, bits, guess == emitted)
         order = scored.order
         self._write(scored.tokens[order].tolist(), scored.ids[order], scored.logits[order])
 
@@ -127,12 +127,12 @@ class TokenRecycling(LearningDrafter):
         self._successors, self._log_shares = successors, log_shares
         self._calibration = calibration
 
-    def _row(self, token: int) -> tuple[list[int], list[float]]:
-        """Returns a token's successors, none if it was never scored, and their log-shares."""
+    def _row(self, token: int) -> tuple[list[int], list[int]]:
+        """Returns a token's successors, none if unknown, and the bits of their log-shares."""
         ids = self._successors[token].tolist()
-        log_shares = self._log_shares[token].tolist()
+        share_bits = self._log_shares[token].view(np.uint16).tolist()
         count = ids.index(-1) if ids[-1] < 0 else len(ids)
-        return ids[:count], log_shares[:count]
+        return ids[:count], share_bits[:count]
 
     def _write(self, tokens: list[int], ids: Tensor, logits: Tensor) -> None:
         last = {token: position for position, token in enumerate(tokens)}

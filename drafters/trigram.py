@@ -14,7 +14,7 @@ from torch import Tensor
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.counted_rows import counted_rows, triples_of
 from specdec.drafters.learning import LearnedState, LearningDrafter
-from specdec.drafters.listed_law import ListedLaw, at_most_certain
+from specdec.drafters.listed_law import NOTHING, ListedLaw, at_most_certain
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.drafters.scored_nodes import ScoredNodes
 from specdec.errors import ConfigError, StateError
@@ -32,7 +32,7 @@ from specdec.types import (
 # the last token's row names besides the pair's
 _SOURCES = ("pair", "single", "rest")
 _PAIR, _SINGLE, _REST = range(3)
-_Row = tuple[list[int], list[float]]  # tokens and their log-shares, best first
+_Row = tuple[list[int], list[int]]  # tokens and the bits of their log-shares, best first
 
 
 class Trigram(LearningDrafter):
@@ -159,12 +159,21 @@ class Trigram(LearningDrafter):
             first: `NO_TOKEN` where there is none.
             second: the last token.
         """
-        chances: dict[int, float] = {}
-        for source, (ids, log_shares) in self._rows(first, second):
-            of_row = self._calibrations[source].chances(log_shares)
-            chances |= dict(zip(ids, of_row, strict=True)) | chances  # what was there stays
-        ranked = sorted(chances, key=chances.__getitem__, reverse=True)
-        return Guesses(ranked, at_most_certain([chances[token] for token in ranked]))
+        rows = [
+            (ids, self._calibrations[source].chances(bits))
+            for source, (ids, bits) in self._rows(first, second)
+        ]
+        if not rows:
+            return NOTHING
+        tokens, of_tokens = rows[0]
+        if len(rows) > 1:
+            chances = dict(zip(tokens, of_tokens, strict=True))
+            for token, chance in zip(*rows[1], strict=True):
+                if token not in chances:
+                    chances[token] = chance
+            tokens = sorted(chances, key=chances.__getitem__, reverse=True)
+            of_tokens = [chances[token] for token in tokens]
+        return Guesses(tokens, at_most_certain(of_tokens))
 
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then stores every node's logits."""
@@ -234,11 +243,11 @@ class Trigram(LearningDrafter):
     def _count(self, first: int, second: int, emitted: int) -> None:
         """Counts the guesses behind two tokens, now that the next one is known."""
         named: set[int] = set()
-        for source, (ids, log_shares) in self._rows(first, second):
+        for source, (ids, share_bits) in self._rows(first, second):
             calibration = self._calibrations[source]
-            for rank, (token, log_share) in enumerate(zip(ids, log_shares, strict=True)):
+            for rank, (token, bits) in enumerate(zip(ids, share_bits, strict=True)):
                 if token not in named:
-                    calibration.record(rank, log_share, token == emitted)
+                    calibration.record(rank, bits, token == emitted)
             named.update(ids)
 
     def _write(self, firsts: np.ndarray, seconds: np.ndarray, ids: Tensor, logits: Tensor) -> None:
