@@ -56,6 +56,7 @@ class TreeCache:
         self.hf_cache = Cache(layers=list(self.layers))
         self.pending = 0
         self.pass_size = 0
+        self._slots: dict[torch.device, tuple[Tensor, Tensor]] = {}  # of the running pass
         self._lay_views()
 
     def _allocate(self, batch_size: int, capacity: int) -> dict[LayerSpec, tuple[Tensor, Tensor]]:
@@ -100,6 +101,7 @@ class TreeCache:
         if needed > self.capacity:
             self._grow(max(needed, 2 * self.capacity))
         self.pass_size = pass_size
+        self._slots.clear()
 
     def end_pass(self) -> None:
         """Counts the nodes of the pass that has run as pending."""
@@ -110,6 +112,14 @@ class TreeCache:
     def visible(self) -> int:
         """Slots that the running pass attends over: committed, pending and new ones."""
         return max(self.lengths) + self.pending + self.pass_size
+
+    def slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Returns where the running pass writes: rows ``[B, 1]`` and slots ``[B, N]`` there."""
+        if device not in self._slots:
+            rows = torch.arange(self.batch_size, device=device).unsqueeze(1)
+            starts = torch.tensor(self.lengths, device=device).unsqueeze(1) + self.pending
+            self._slots[device] = rows, starts + torch.arange(self.pass_size, device=device)
+        return self._slots[device]
 
     def advance(self, counts: Sequence[int]) -> None:
         """Commits the first `counts[b]` pending nodes of each row, a chain; drops the others."""
@@ -216,10 +226,9 @@ class _TreeLayer(CacheLayerMixin):
             self.keys[:, :, start : start + count] = key_states
             self.values[:, :, start : start + count] = value_states
         else:
-            for row, length in enumerate(lengths):
-                start = length + pending
-                self.keys[row, :, start : start + count] = key_states[row]
-                self.values[row, :, start : start + count] = value_states[row]
+            rows, slots = self._cache.slots(key_states.device)
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
         visible = self._cache.visible
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
