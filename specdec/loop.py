@@ -18,6 +18,7 @@ from specdec.backend.support import PositionLimit
 from specdec.budget import NodeBudget
 from specdec.call import Call
 from specdec.drafting import Drafting
+from specdec.prefill import prefill_order
 from specdec.random import RowStreams
 from specdec.row_copies import row_copies
 from specdec.row_text import Row, RowEnded, Step
@@ -103,6 +104,8 @@ class DecodeLoop:
         ]
         # rows in the order of the cache; the active ones come first
         self.places = list(self.rows)
+        if not any(target.lengths):
+            self.places = [self.rows[row] for row in prefill_order([i.tokens for i in inputs])]
 
     @property
     def cache(self) -> TreeCache:

@@ -15,10 +15,13 @@ from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
 from specdec.backend.pads import PadGroups
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.kernels.tree_mask import ancestor_matrix
+from specdec.prefill import groups, slack_of, sources_of
 from specdec.trees.tree import DraftTree
 from specdec.types import DrafterNeeds, PromptRows
 
-_CHUNK_TOKENS = 512  # bounds the [chunk, V] logits when a drafter wants every prompt position
+# of the rows of a pass together: bounds the logits when a drafter wants every prompt position, and
+# the masks of rows that go on from an earlier turn
+_CHUNK_TOKENS = 512
 
 
 class Scores(NamedTuple):
@@ -72,19 +75,46 @@ class TargetModel:
     ) -> tuple[list[Tensor], list[PromptRows | None]]:
         """Runs the prompts and commits them.
 
+        Rows of unlike length run apart instead of being padded, and equal prompts run once; an
+        empty cache gains most from rows in the order of `prefill_order`.
+
         Args:
             prompts: each row's tokens that are not in the cache yet, at least one, no padding.
 
         Returns:
             Each row's ``[V]`` logits after its last prompt token, and its prompt rows (or None).
         """
+        fresh = max(self.cache.lengths) == 0
+        sources = sources_of(prompts) if fresh else list(range(len(prompts)))
+        num_run = 1 + max(row for row, source in enumerate(sources) if row == source)
+        last: list[Tensor] = []
+        rows: list[PromptRows | None] = []
+        for group in groups([len(p) for p in prompts[:num_run]], slack_of(self._backend.device)):
+            with self.cache.only(group):
+                own_last, own_rows = self._run_prompts(prompts[group.start : group.stop])
+            last += own_last
+            rows += own_rows
+        for row, source in enumerate(sources[num_run:], start=num_run):
+            self.cache.copy_row(source, row)
+            last.append(last[source])
+            rows.append(rows[source])
+        if self._pads is not None:
+            nothing = PromptRows(torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0))
+            probes = self._behind_the_prompts(self._pads)
+            rows = [(r or nothing)._replace(probes=p) for r, p in zip(rows, probes, strict=True)]
+        return last, rows
+
+    def _run_prompts(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> tuple[list[Tensor], list[PromptRows | None]]:
+        """Runs and commits the prompts of the rows in view; returns what `prefill` does."""
         width = max(map(len, prompts))
         last: list[Tensor] = [torch.empty(0)] * len(prompts)
         seen: list[list[PromptRows]] = [[] for _ in prompts]
         top_k = self._prompt_top_k
-        # rows of equal length need no mask of ours; padding behind a row's end is never looked at
+        # rows that begin need no mask of ours; padding behind a row's end is never looked at
         fresh = max(self.cache.lengths) == 0
-        chunk = width if fresh and top_k == 0 else _CHUNK_TOKENS
+        chunk = width if fresh and top_k == 0 else max(_CHUNK_TOKENS // len(prompts), 1)
         for begin in range(0, width, chunk):
             end = min(begin + chunk, width)
             pieces = [prompt[begin:end] for prompt in prompts]
@@ -106,13 +136,7 @@ class TargetModel:
                     own = None if features is None else features[row, : len(piece)]
                     seen[row].append(_prompt_rows(logits[row, : len(piece)], top_k, own))
             self.cache.advance([len(piece) for piece in pieces])
-            fresh = fresh and min(map(len, prompts)) >= end
-        rows = [_joined(chunks) if chunks else None for chunks in seen]
-        if self._pads is not None:
-            nothing = PromptRows(torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0))
-            probes = self._behind_the_prompts(self._pads)
-            rows = [(r or nothing)._replace(probes=p) for r, p in zip(rows, probes, strict=True)]
-        return last, rows
+        return last, [_joined(chunks) if chunks else None for chunks in seen]
 
     def score(self, trees: Sequence[DraftTree], *, probes: bool = True) -> Scores:
         """Returns the logits and features of one tree for each active row, from one pass.

@@ -8,7 +8,8 @@ nodes so far. HuggingFace's own layers concatenate the whole cache at every step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ class TreeCache:
         self.hf_cache = Cache(layers=list(self.layers))
         self.pending = 0
         self.pass_size = 0
+        self._first = 0  # pools' row that is the first in view
         self._slots: dict[torch.device, tuple[Tensor, Tensor]] = {}  # of the running pass
         self._lay_views()
 
@@ -79,11 +81,12 @@ class TreeCache:
 
     def _lay_views(self) -> None:
         """Points every layer at its rows of the pools; only active rows are in view."""
+        end = self._first + self.batch_size
         for spec, members in self._groups.items():
             keys, values = self._pools[spec]
             for place, index in enumerate(members):
-                self.layers[index].keys = keys[place, : self.batch_size]
-                self.layers[index].values = values[place, : self.batch_size]
+                self.layers[index].keys = keys[place, self._first : end]
+                self.layers[index].values = values[place, self._first : end]
 
     @property
     def batch_size(self) -> int:
@@ -175,6 +178,30 @@ class TreeCache:
             self.lengths[row] = self.lengths[last]
         self.lengths.pop()
         self._lay_views()
+
+    @contextmanager
+    def only(self, rows: range) -> Iterator[None]:
+        """Has passes run over some of the active rows; the others stay as they are."""
+        if len(rows) == len(self.lengths):
+            yield
+            return
+        lengths = list(self.lengths)
+        self.lengths[:], self._first = lengths[rows.start : rows.stop], rows.start
+        self._lay_views()
+        try:
+            yield
+        finally:
+            lengths[rows.start : rows.stop] = self.lengths
+            self.lengths[:], self._first = lengths, 0
+            self._lay_views()
+
+    def copy_row(self, source: int, row: int) -> None:
+        """Makes an active row hold what another one has committed."""
+        length = self.lengths[source]
+        for pools in self._pools.values():
+            for pool in pools:
+                pool[:, row, :, :length] = pool[:, source, :, :length]
+        self.lengths[row] = length
 
     def revive(self, lengths: Sequence[int]) -> None:
         """Makes retired rows active again; `lengths` are all rows' in the order of the pools."""
