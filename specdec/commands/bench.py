@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=positive, default=1, help="rounds; the least time counts")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument(
-        "--batch-sizes", type=positive, nargs="+", default=[1], help="rows a call (1)"
+        "--batch-sizes",
+        type=positive,
+        nargs="+",
+        default=[1],
+        help="rows a call, different prompts of a category (1)",
     )
     sizes.add_argument("--contexts", type=positive, nargs="+", help="cut or fill prompts to tokens")
     add_model(parser)
@@ -76,11 +81,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.plot is not None:
         require_packages("matplotlib")
-    prompts = read_prompts(arguments.prompts) if arguments.prompts else list(PROMPTS)
-    prompts = spread_over_categories(prompts, arguments.limit)
+    given = read_prompts(arguments.prompts) if arguments.prompts else list(PROMPTS)
+    prompts = spread_over_categories(given, arguments.limit)
     model, tokenizer = load(arguments.model)
     assistant = load(arguments.assistant)[0] if arguments.assistant else None
     texts = [(prompt.category or "prompts", encode(tokenizer, prompt)[0]) for prompt in prompts]
+    # a batch has more rows than prompts were asked for: the others of the file join in
+    others = [p for p in given if p not in prompts] if max(arguments.batch_sizes) > 1 else []
+    rest = [(prompt.category or "prompts", encode(tokenizer, prompt)[0]) for prompt in others]
     pad = pad_token_id(tokenizer)
     calls = decoding_arguments(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
     console = wide_console()
@@ -95,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
         "hardware": hardware(),
         "results": [],
     }
-    for title, inputs, single in settings(arguments, texts, pad):
+    for title, inputs, single in settings(arguments, texts, rest, pad):
         measured = measure_methods(
             methods_of(
                 model,
@@ -132,9 +140,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def settings(
-    arguments: argparse.Namespace, texts: Sequence[tuple[str, Tensor]], pad: int
+    arguments: argparse.Namespace,
+    texts: Sequence[tuple[str, Tensor]],
+    rest: Sequence[tuple[str, Tensor]],
+    pad: int,
 ) -> Iterator[tuple[str, list[Inputs], bool]]:
-    """Yields a title, the inputs, and whether calls have one row."""
+    """Yields a title, the inputs, and whether calls have one row.
+
+    There is a batch for each of the `texts`, filled with different ones of its category, those of
+    the `rest` among them; they come again only where there are too few.
+    """
     import torch
 
     from specdec.bench.decoding import padded
@@ -152,11 +167,12 @@ def settings(
         if size == 1:
             yield "batch 1", [(c, {"input_ids": ids[None]}) for c, ids in texts], True
             continue
-        groups: dict[str, list[Tensor]] = {}
-        for category, ids in texts:
-            groups.setdefault(category, []).append(ids)
+        endless = {
+            category: cycle([ids for own, ids in (*texts, *rest) if own == category])
+            for category, _ in texts
+        }
         batches = [
-            (category, padded((members * size)[:size], pad)) for category, members in groups.items()
+            (category, padded(list(islice(endless[category], size)), pad)) for category, _ in texts
         ]
         yield f"batch {size}", batches, False
 
