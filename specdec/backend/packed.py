@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import psutil
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from specdec.backend.linear_formats import FORMATS, PackedWeight
+from specdec.backend.shared_inputs import shared_inputs
 from specdec.errors import ConfigError
 
 _SMALLEST = 1 << 16  # entries of a weight below which a call costs more than its products
@@ -50,7 +50,7 @@ class PackedLinears:
         self.form = form
         self._lock = threading.Lock()
         self._users = 0
-        joined = (_Group(members) for members in _shared_inputs(model))
+        joined = (_Group(members) for members in shared_inputs(model, _packable(model)))
         self._groups = [group for group in joined if group.num_entries >= _SMALLEST]
         self._chosen: dict[tuple[int, int], str | None] = {}
         self.refresh()
@@ -227,19 +227,6 @@ class _Group:
         return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
-class _LinearCall(NamedTuple):
-    """A call of a layer in a pass; `rows` is kept alive, so that no other tensor takes its name."""
-
-    layer: nn.Linear
-    rows: Tensor
-    version: int
-
-    def joins(self, other: _LinearCall) -> bool:
-        """Returns whether both were handed the same tensor with the same contents."""
-        alike = (self.layer.bias is None) == (other.layer.bias is None)
-        return alike and self.rows is other.rows and self.version == other.version
-
-
 def _is_packable(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
@@ -250,39 +237,6 @@ def _is_packable(module: nn.Module) -> bool:
 
 def _packable(model: nn.Module) -> list[nn.Linear]:
     return [m for m in model.modules() if isinstance(m, nn.Linear) and _is_packable(m)]
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _shared_inputs(model: nn.Module) -> list[list[nn.Linear]]:
-    """Returns the packable layers; those that a pass hands the same tensor stand together."""
-    calls: list[_LinearCall] = []
-    layers = _packable(model)
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda module, args: calls.append(_LinearCall(module, args[0], args[0]._version))
-        )
-        for layer in layers
-    ]
-    try:
-        model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    times_called = Counter(call.layer for call in calls)
-    groups: list[list[nn.Linear]] = []
-    last: _LinearCall | None = None
-    for call in calls:
-        if times_called[call.layer] > 1:
-            last = None
-            continue
-        if last is not None and call.joins(last):
-            groups[-1].append(call.layer)
-        else:
-            groups.append([call.layer])
-        last = call
-    joined = {layer for group in groups for layer in group}
-    return groups + [[layer] for layer in layers if layer not in joined]
 
 
 def _agrees(packed: PackedWeight, weight: Tensor, bias: Tensor | None) -> bool:
