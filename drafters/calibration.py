@@ -13,6 +13,7 @@ from specdec.errors import StateError
 _EDGES = np.log(np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95], dtype=np.float32))
 # the bucket of every float16, by its bits: one look where a bisection would take twice as long
 _FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+_FLOAT16[np.isnan(_FLOAT16)] = -np.inf  # of a damaged file: as unlikely as can be
 _BUCKETS = np.searchsorted(_EDGES, _FLOAT16).astype(np.uint8).tobytes()
 _PRIOR_STRENGTH = 20.0
 

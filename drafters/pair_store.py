@@ -61,7 +61,6 @@ class PairStore:
         self._ages = np.zeros(shape, dtype=np.uint32)  # number of the write
         self._ids = np.zeros((*shape, num_successors), dtype=np.int32)
         self._log_shares = np.zeros((*shape, num_successors), dtype=np.float16)
-        self._share_bits = self._log_shares.view(np.uint16)
         self._writes = 0
 
     def __len__(self) -> int:
@@ -110,7 +109,7 @@ class PairStore:
         way = keys.index(key)
         ids = self._ids[place, way].tolist()
         count = ids.index(-1) if ids[-1] < 0 else len(ids)
-        return ids[:count], self._share_bits[place, way, :count].tolist()
+        return ids[:count], self._log_shares[place, way, :count].view(np.uint16).tolist()
 
     def write(
         self, firsts: ArrayLike, seconds: ArrayLike, ids: np.ndarray, log_shares: np.ndarray

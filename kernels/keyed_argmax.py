@@ -34,20 +34,21 @@ def keyed_argmax(scores: Tensor, seed: int, row: int, position: int) -> int:
     """
     if scores.device.type != "cpu":
         return keyed_argmax_reference(scores, seed, row, position)
-    if scores.dtype is torch.bfloat16:  # numpy has none
+    if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.float()
-    values = scores.detach().numpy()
-    top = int(values.argmax())
-    within = values > values[top] - GUMBEL_RANGE
+    raw = scores.detach().numpy()
+    top = int(raw.argmax())
+    values = raw - raw[top]  # near the top exact, wherever the scores lie
+    within = values > -GUMBEL_RANGE
     # id by id the words cost four times as much
     if 4 * np.count_nonzero(within) <= len(values):
         support = np.flatnonzero(within)
         noise = keyed_gumbel(seed, row, position, torch.from_numpy(support))
     else:
         words = keyed_words(seed, row, position, len(values))
-        reached = float(values[top]) + float(gumbel(torch.tensor(int(words[top]))))
+        reached = float(gumbel(torch.tensor(int(words[top]))))
         support = np.flatnonzero((values > reached - _NEAR) | (words <= _RARE))
-        bounds = np.exp(values[support] - reached) * (2.0**32 * _SLACK)
+        bounds = np.exp(values[support].astype(np.float64) - reached) * (2.0**32 * _SLACK)
         support = support[words[support] <= bounds]
         noise = gumbel(torch.from_numpy(words[support].astype(np.int64)))
     return int(support[int(torch.argmax(scores[torch.from_numpy(support)].double() + noise))])

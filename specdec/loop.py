@@ -158,7 +158,8 @@ class DecodeLoop:
         try:
             run(steps)
         finally:
-            yield steps  # also before an error, which then takes its way
+            # also before an error, which then takes its way
+            yield sorted(steps, key=lambda step: step.row)
 
     def _prefill(self, steps: list[Step]) -> None:
         drafter = self._parts.drafter

@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from specdec.bench.generation import (
     BASELINE,
@@ -23,6 +25,7 @@ from specdec.bench.generation import (
 )
 from specdec.bench.memory import added_memory
 from specdec.bench.summary import ratio_interval, summarise
+from specdec.commands.bench import settings
 from specdec.stats import Counts
 
 
@@ -141,3 +144,18 @@ def test_the_command_writes_json_and_a_picture(tmp_path: Path) -> None:
     assert report["dtype"] == "torch.float32"
     assert report["command"][:3] == ["specdec", "bench", "--prompts"]
     assert (tmp_path / "speed-batch-1.svg").exists()
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_a_batch_holds_different_prompts_while_there_are_any(size: int) -> None:
+    """Equal prompts are run once, which would flatter a batch that is filled with repeats."""
+    texts = [("a", torch.tensor([1])), ("a", torch.tensor([2])), ("b", torch.tensor([9]))]
+    rest = [("a", torch.tensor([3])), ("b", torch.tensor([8]))]
+    arguments = Namespace(contexts=None, batch_sizes=[size])
+    ((title, batches, single),) = settings(arguments, texts, rest, pad=0)
+    assert (title, single) == (f"batch {size}", False)
+    assert [category for category, _ in batches] == ["a", "a", "b"]
+    rows = [inputs["input_ids"].flatten().tolist() for _, inputs in batches]
+    assert [own[0] for own in rows] == [1, 2, 9]
+    assert all(len(set(own)) == size for own in rows)
+    assert [set(own[:2]) for own in rows] == [{1, 2}, {2, 3}, {9, 8}]

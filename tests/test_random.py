@@ -172,6 +172,22 @@ def test_one_of_many_unlikely_tokens_may_win(
         assert len(set(expected)) > 60  # 95 % of them are not the likeliest
 
 
+@pytest.mark.parametrize("offset", [-1e6, -3e4, 1e4, 1e5, 1e6])
+def test_the_choice_does_not_depend_on_where_the_scores_lie(offset: float) -> None:
+    scores = torch.randn(2000, generator=torch.Generator().manual_seed(0)) + offset
+    for position in range(300):
+        expected = keyed_argmax_reference(scores, 5, 1, position)
+        assert keyed_argmax(scores, 5, 1, position) == expected
+
+
+def test_the_choice_among_float16_scores() -> None:
+    scores = torch.zeros(300_000, dtype=torch.float16)
+    scores[7] = 17.5
+    for position in range(0, 100, 3):
+        expected = keyed_argmax_reference(scores, 5, 1, position)
+        assert keyed_argmax(scores, 5, 1, position) == expected
+
+
 def test_gumbel_argmax_follows_softmax() -> None:
     scores = torch.tensor([0.3, -torch.inf, 1.2, -0.5], dtype=torch.float64)
     source = SeededRandom(11, 0, 1)

@@ -13,6 +13,7 @@ import torch
 
 from specdec import SpeculativeGenerator
 from specdec.drafters import Trigram
+from specdec.drafters.calibration import Calibration
 from specdec.drafters.counted_rows import counted_rows
 from specdec.drafters.learning import LearnedState
 from specdec.drafters.pair_store import NO_TOKEN
@@ -333,3 +334,12 @@ def test_a_damaged_state_changes_nothing(
 def test_bad_sizes_say_what_was_expected(options: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="num_pairs of at least 8 and num_successors of at least"):
         Trigram(**options)
+
+
+def test_shares_that_are_no_numbers_are_taken_for_unlikely() -> None:
+    """Of a damaged file; each bucket but the lowest is claimed by some share."""
+    calibration = Calibration(1)
+    shares = np.array([np.nan, -np.inf, -2.0, -0.1, 0.0], dtype=np.float16)
+    nan, lowest, *others = (calibration.chances([b])[0] for b in shares.view(np.uint16).tolist())
+    assert nan == lowest < min(others)
+    assert others == sorted(others)

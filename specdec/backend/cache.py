@@ -254,8 +254,9 @@ class _TreeLayer(CacheLayerMixin):
             self.values[:, :, start : start + count] = value_states
         else:
             rows, slots = self._cache.slots(key_states.device)
-            self.keys[rows, :, slots] = key_states.transpose(1, 2)
-            self.values[rows, :, slots] = value_states.transpose(1, 2)
+            # unlike a slice, an index does not take another dtype, such as autocast's
+            self.keys[rows, :, slots] = key_states.transpose(1, 2).to(self.keys.dtype)
+            self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
         visible = self._cache.visible
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 

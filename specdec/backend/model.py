@@ -74,7 +74,8 @@ class TreeModel:
             positions: ``[B, M]`` int64 of all pending nodes, the new ones last: length of the
                 row's prefix plus depth.
             ancestors: ``[B, N, M]`` bool, which of them each new node sees; None for a causal pass
-                over rows of equal length, which then goes the model's own way, with its own masks.
+                behind prefixes of equal length, which then goes the model's own way, with its own
+                masks.
             keep: ``[K]`` int64 indices into N whose logits are wanted; None for all.
 
         Returns:

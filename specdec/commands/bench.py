@@ -147,8 +147,8 @@ def settings(
 ) -> Iterator[tuple[str, list[Inputs], bool]]:
     """Yields a title, the inputs, and whether calls have one row.
 
-    There is a batch for each of the `texts`, filled with different ones of its category, those of
-    the `rest` among them; they come again only where there are too few.
+    There is a batch for each of the `texts`, with it first. Other prompts of its category follow,
+    then those of other categories: none comes twice while there are others.
     """
     import torch
 
@@ -167,13 +167,12 @@ def settings(
         if size == 1:
             yield "batch 1", [(c, {"input_ids": ids[None]}) for c, ids in texts], True
             continue
-        endless = {
-            category: cycle([ids for own, ids in (*texts, *rest) if own == category])
-            for category, _ in texts
-        }
-        batches = [
-            (category, padded(list(islice(endless[category], size)), pad)) for category, _ in texts
-        ]
+        batches = []
+        for place, (category, ids) in enumerate(texts):
+            others = [*texts[place + 1 :], *rest, *texts[:place]]
+            others.sort(key=lambda other: other[0] != category)
+            members = islice(cycle([ids, *(other for _, other in others)]), size)
+            batches.append((category, padded(list(members), pad)))
         yield f"batch {size}", batches, False
 
 
