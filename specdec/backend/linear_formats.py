@@ -5,11 +5,19 @@ Each gives float32 results of float32 arithmetic; they differ from `linear` in t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from specdec.cache_dir import default_cache_dir
+from specdec.kernels.block_linear import MOST_ROWS, block_linear, why_not_native
+from specdec.kernels.weight_blocks import to_blocks
+
+_LOG = logging.getLogger(__name__)
 
 # float32's unit roundoff: a change of the weights below it drowns in the rounding of the products
 _ROUNDOFF = 2.0**-24
@@ -21,10 +29,33 @@ class PackedWeight(NamedTuple):
     Attributes:
         run: ``[..., K]`` float32 to ``[..., N]``, the bias added.
         nbytes: what the layout takes, beside the model's own weight.
+        layout: what it is called in reports.
+        most_rows: that `run` takes; the layer's own weight is as fast for more. None for any number.
     """
 
     run: Callable[[Tensor], Tensor]
     nbytes: int
+    layout: str
+    most_rows: int | None = None
+
+
+def pack_blocks(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
+    """Returns the weight in our own blocks, None where C code cannot be compiled.
+
+    The numbers are kept in the smallest form that holds them exactly (`specdec.kernels.weight_blocks`):
+    integers where they come from a quantised file, bfloat16 where they come from such a checkpoint.
+    A row's results do not depend on how many others are multiplied with it.
+    """
+    folder = default_cache_dir() / "native"
+    reason = why_not_native(folder)
+    if reason is not None:
+        _LOG.info("no packed weights in blocks: %s", reason)
+        return None
+    blocks = to_blocks(weight)
+    bias = None if bias is None else bias.contiguous()
+    run = partial(block_linear, weight=blocks, bias=bias, impl="native", folder=folder)
+    layout = f"blocks of {blocks.form.name.lower()}"
+    return PackedWeight(run, blocks.data.nbytes, layout, MOST_ROWS)
 
 
 def pack_onednn(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
@@ -43,7 +74,7 @@ def pack_onednn(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
         product: Tensor = multiply(rows, packed, bias, "none", [], "")
         return product
 
-    return PackedWeight(run, weight.nbytes)
+    return PackedWeight(run, weight.nbytes, "onednn")
 
 
 def pack_mkl(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
@@ -63,7 +94,7 @@ def pack_mkl(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
         product: Tensor = multiply(rows, packed, shape_only, bias, count)
         return product
 
-    return PackedWeight(run, weight.nbytes)
+    return PackedWeight(run, weight.nbytes, "mkl")
 
 
 def pack_fp16(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
@@ -85,10 +116,11 @@ def pack_fp16(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
         product: Tensor = multiply(rows, packed)
         return product
 
-    return PackedWeight(run, weight.nbytes // 2)
+    return PackedWeight(run, weight.nbytes // 2, "fp16")
 
 
 FORMATS: dict[str, Callable[[Tensor, Tensor | None], PackedWeight | None]] = {
+    "blocks": pack_blocks,
     "fp16": pack_fp16,
     "onednn": pack_onednn,
     "mkl": pack_mkl,

@@ -22,8 +22,8 @@ from specdec.backend.shared_inputs import shared_inputs
 from specdec.errors import ConfigError
 
 _SMALLEST = 1 << 16  # entries of a weight below which a call costs more than its products
-_TIMED_ROWS = (1, 4, 8)
-_TIMED_WEIGHTS = 8  # of one shape, in turn, so that the caches of the CPU do not hold them all
+_TIMED_ROWS = (1, 4, 8, 16)
+_TIMED_BYTES = 64 << 20  # of weights of one shape, in turn: the caches must not hold them all
 _REPEATS = 5
 _TIE = 1.1  # within which a packed layout is taken before `linear`, so that noise seldom decides
 _TOLERANCE = 1e-5  # of a packed product, relative to the largest one
@@ -62,11 +62,11 @@ class PackedLinears:
 
     @property
     def formats(self) -> dict[str, int]:
-        """How many layers run in each format; "linear" are those measured not to gain."""
+        """How many layers run in each layout; "linear" are those measured not to gain."""
         count: dict[str, int] = {}
         for group in self._groups:
-            name = self._chosen[group.shape] if group.packed is not None else None
-            count[name or "linear"] = count.get(name or "linear", 0) + len(group.members)
+            name = "linear" if group.packed is None else group.packed.layout
+            count[name] = count.get(name, 0) + len(group.members)
         return count
 
     def refresh(self) -> None:
@@ -202,17 +202,28 @@ class _Group:
         self._input, self._outputs = None, ()
 
     def _alone(self, member: nn.Linear, rows: Tensor) -> Tensor:
-        if self.packed is None or torch.is_grad_enabled():
+        packed = self._for(rows)
+        if packed is None:
             return linear(rows, member.weight, member.bias)
-        return self.packed.run(rows)
+        return packed.run(rows)
 
     def _first(self, member: nn.Linear, rows: Tensor) -> Tensor:
-        if self.packed is None or torch.is_grad_enabled():
+        packed = self._for(rows)
+        if packed is None:
             return linear(rows, member.weight, member.bias)
         sizes = [m.out_features for m in self.members]
-        self._outputs = torch.split(self.packed.run(rows), sizes, dim=-1)
+        self._outputs = torch.split(packed.run(rows), sizes, dim=-1)
         self._input = rows
         return self._outputs[0]
+
+    def _for(self, rows: Tensor) -> PackedWeight | None:
+        """Returns the packed weight if it serves these rows."""
+        packed = self.packed
+        if packed is None or torch.is_grad_enabled():
+            return None
+        if packed.most_rows is not None and rows.numel() > packed.most_rows * rows.shape[-1]:
+            return None
+        return packed
 
     def _later(self, member: nn.Linear, place: int, rows: Tensor) -> Tensor:
         if rows is not self._input:
@@ -252,7 +263,8 @@ def _agrees(packed: PackedWeight, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _fastest(groups: Sequence[_Group]) -> str | None:
     """Returns the format in which weights of one shape take least time, None for `linear`."""
-    sample = [group.weights() for group in groups[:_TIMED_WEIGHTS]]
+    rows, columns = groups[0].shape
+    sample = [group.weights() for group in groups[: 1 + _TIMED_BYTES // (4 * rows * columns)]]
     ways: dict[str | None, list[Callable[[Tensor], Tensor]]] = {
         None: [partial(linear, weight=weight, bias=bias) for weight, bias in sample]
     }

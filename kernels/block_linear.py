@@ -1,0 +1,86 @@
+"""Few rows times a weight in blocks: the linear layers of a verifying pass on a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from specdec.kernels.native import NativeError, library
+from specdec.kernels.weight_blocks import BlockWeight, from_blocks
+
+IMPLEMENTATIONS = ("reference", "native")
+MOST_ROWS = 128  # of one product, as in block_linear.c; libraries for many rows are as fast there
+
+
+def block_linear(
+    rows: Tensor, weight: BlockWeight, bias: Tensor | None, *, impl: str, folder: Path
+) -> Tensor:
+    """Returns ``rows @ weight.T + bias`` in float32 arithmetic.
+
+    With "native" a row's result is the same bits for any number of other rows.
+
+    Args:
+        rows: ``[..., K]`` float32 on the CPU; "native" takes up to 128 of them.
+        weight: `to_blocks`' ``[N, K]``.
+        bias: ``[N]`` float32, or None.
+        impl: "reference", or "native": C, compiled when it is first called.
+        folder: where compiled libraries are kept.
+
+    Returns:
+        ``[..., N]`` float32.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit, or there are too many rows.
+        NativeError: if "native" is asked for and C code cannot be had here.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"block_linear: impl must be one of {IMPLEMENTATIONS}; got {impl!r}")
+    width = weight.num_inputs
+    if rows.shape[-1] != width or rows.dtype != torch.float32 or rows.device.type != "cpu":
+        raise ValueError(
+            f"rows must be [..., {width}] float32 on the CPU; got {list(rows.shape)} {rows.dtype} "
+            f"on {rows.device}"
+        )
+    if impl == "reference":
+        return linear(rows, from_blocks(weight), bias)
+    count = rows.numel() // width
+    if count > MOST_ROWS:
+        raise ValueError(f"block_linear takes at most {MOST_ROWS} rows; got {count}")
+    rows = rows.contiguous()
+    output = rows.new_empty(*rows.shape[:-1], weight.num_outputs)
+    if count:
+        _function(folder)(
+            weight.form.value,
+            rows.data_ptr(),
+            weight.data.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            output.data_ptr(),
+            count,
+            width,
+            weight.num_outputs,
+            torch.get_num_threads(),
+        )
+    return output
+
+
+def why_not_native(folder: Path) -> str | None:
+    """Returns why "native" cannot be had here, None if it can; compiles it on the way."""
+    try:
+        _function(folder)
+    except NativeError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _function(folder: Path) -> ctypes._FuncPointer:
+    function = library(Path(__file__).with_suffix(".c"), folder).block_linear
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    function.argtypes = [number, *[pointer] * 4, number, size, size, number]
+    function.restype = None
+    return function

@@ -1,0 +1,197 @@
+"""Weights in panels and blocks, each stored in the smallest form that gives back the same numbers.
+
+Checkpoints are seldom made of arbitrary float32 numbers. Most were bfloat16 before they were loaded
+as float32; those from a quantised file are small integers times a scale. Such weights are kept as
+what they are: decoding gives the same float32 numbers, bit for bit, so products do not change, and
+a pass reads a half, a quarter or a sixth of the memory. `block_linear.c` has the layout.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+SIZE = 32  # outputs of a panel, and inputs of a block
+# the largest integer of a block by which its scale is looked for: files of 8, 6, 5 and 4 bits
+_LARGEST = (127, 128, 126, 31, 32, 15, 16, 7, 8)
+_ENTRIES = 1 << 20  # of a weight, that are looked at together
+_STEPS = 15  # from the lowest to the highest number of a block of 4-bit integers
+
+
+class Form(enum.IntEnum):
+    """How a block's numbers are stored; the values are those of `enum form` in block_linear.c."""
+
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
+    INT4 = 3
+
+
+class BlockWeight(NamedTuple):
+    """A weight ``[N, K]`` in blocks.
+
+    Attributes:
+        data: ``[P, B, bytes]`` uint8: panels of 32 outputs, blocks of 32 inputs, both padded.
+        form: how the numbers are stored.
+        num_outputs: N.
+        num_inputs: K.
+    """
+
+    data: Tensor
+    form: Form
+    num_outputs: int
+    num_inputs: int
+
+
+def to_blocks(weight: Tensor, form: Form | None = None) -> BlockWeight:
+    """Returns a weight in blocks, from which `from_blocks` makes the same numbers again.
+
+    Args:
+        weight: ``[N, K]`` float32.
+        form: one to use; None for the smallest that holds the numbers.
+
+    Raises:
+        ValueError: if `form` cannot hold them, or the weight is no float32 matrix.
+    """
+    if weight.dim() != 2 or weight.dtype != torch.float32 or 0 in weight.shape:
+        raise ValueError(
+            f"a weight must be [N, K] float32, not empty; got {list(weight.shape)} {weight.dtype}"
+        )
+    for candidate in reversed(Form) if form is None else [form]:
+        data = _blocks_of(weight, candidate)
+        if data is not None:
+            return BlockWeight(data, candidate, *weight.shape)
+    raise ValueError(f"{candidate.name} cannot hold the numbers of this weight")
+
+
+def _blocks_of(weight: Tensor, form: Form) -> Tensor | None:
+    """Returns the blocks, made of some panels after the other: a form is found with little room."""
+    some = max(1, _ENTRIES // (SIZE * weight.shape[1])) * SIZE
+    parts = []
+    for rows in weight.split(some):
+        part = _MAKERS[form](rows)
+        if part is None:
+            return None
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def from_blocks(blocks: BlockWeight) -> Tensor:
+    """Returns the weight ``[N, K]`` float32 that was put into blocks."""
+    panels, count, _ = blocks.data.shape
+    shape = (panels, count, SIZE, SIZE)
+    if blocks.form == Form.FLOAT32:
+        numbers = blocks.data.view(torch.float32).view(shape)
+    elif blocks.form == Form.BFLOAT16:
+        numbers = blocks.data.view(torch.bfloat16).view(shape).float()
+    elif blocks.form == Form.INT8:
+        scale, rest = _head(blocks.data, 1)
+        numbers = rest.view(torch.int8).view(shape).float() * scale[0]
+    else:
+        (scale, low), rest = _head(blocks.data, 2)
+        pairs = rest.view(panels, count, SIZE // 2, 1, SIZE)
+        integers = torch.cat([pairs & 15, pairs >> 4], dim=3).view(shape)
+        numbers = integers.float() * scale + low
+    weight = numbers.permute(0, 3, 1, 2).reshape(panels * SIZE, count * SIZE)
+    return weight[: blocks.num_outputs, : blocks.num_inputs].contiguous()
+
+
+def _head(data: Tensor, vectors: int) -> tuple[list[Tensor], Tensor]:
+    """Splits blocks into their leading vectors ``[P, B, 1, 32]`` float32 and the bytes behind."""
+    size = 4 * SIZE
+    heads = [data[..., i * size : (i + 1) * size].contiguous() for i in range(vectors)]
+    rest = data[..., vectors * size :].contiguous()
+    return [head.view(torch.float32).unsqueeze(2) for head in heads], rest
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """Returns ``[N, K]`` as ``[P, B, 32 inputs, 32 outputs]``, zeros for what is missing."""
+    rows, columns = values.shape
+    padded = pad(values, (0, -columns % SIZE, 0, -rows % SIZE))
+    panels, count = padded.shape[0] // SIZE, padded.shape[1] // SIZE
+    return padded.view(panels, SIZE, count, SIZE).permute(0, 2, 3, 1).contiguous()
+
+
+def _as_bytes(*parts: Tensor) -> Tensor:
+    """Joins parts ``[P, B, ...]`` of any type into ``[P, B, bytes]``."""
+    panels, count = parts[0].shape[:2]
+    flat = [part.contiguous().view(torch.uint8).view(panels, count, -1) for part in parts]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=2)
+
+
+def _as_float32(weight: Tensor) -> Tensor:
+    return _as_bytes(_in_blocks(weight))
+
+
+def _as_bfloat16(weight: Tensor) -> Tensor | None:
+    shorter = weight.to(torch.bfloat16)
+    return _as_bytes(_in_blocks(shorter)) if _same(shorter.float(), weight) else None
+
+
+def _as_int8(weight: Tensor) -> Tensor | None:
+    """Looks for q * scale with a float16 scale for each output and block, as in Q8_0 and Q4_0."""
+    if weight.shape[1] % SIZE or not torch.isfinite(weight).all():
+        return None
+    grouped = weight.view(weight.shape[0], -1, SIZE)
+    top = grouped.abs().amax(dim=2, keepdim=True)
+    integers, scale = torch.zeros_like(grouped), torch.zeros_like(top)
+    missing = torch.ones_like(top, dtype=torch.bool)
+    for largest in _LARGEST:
+        tried = _float16(top / largest)
+        q = _divided(grouped, tried)
+        fits = missing & (q.abs().amax(2, keepdim=True) <= 127)
+        fits &= (q * tried == grouped).all(2, keepdim=True)
+        integers, scale = torch.where(fits, q, integers), torch.where(fits, tried, scale)
+        missing &= ~fits
+        if not missing.any():
+            break
+    if missing.any() or not _same((integers * scale).view_as(weight), weight):
+        return None
+    return _as_bytes(_heads(scale), _in_blocks(integers.view_as(weight).to(torch.int8)))
+
+
+def _as_int4(weight: Tensor) -> Tensor | None:
+    """Looks for q * scale + low with float16 numbers for each output and block, as in Q4_1."""
+    if weight.shape[1] % SIZE or not torch.isfinite(weight).all():
+        return None
+    grouped = weight.view(weight.shape[0], -1, SIZE)
+    low = grouped.amin(dim=2, keepdim=True)
+    scale = _float16((grouped.amax(dim=2, keepdim=True) - low) / _STEPS)
+    integers = _divided(grouped - low, scale)
+    # q * scale is exact, 4 bits times 11, so that one rounding is left in whatever order
+    if integers.max() > _STEPS or not _same((integers * scale + low).view_as(weight), weight):
+        return None
+    blocks = _in_blocks(integers.view_as(weight).to(torch.uint8))
+    return _as_bytes(_heads(scale), _heads(low), blocks[:, :, ::2] | (blocks[:, :, 1::2] << 4))
+
+
+_MAKERS = {
+    Form.FLOAT32: _as_float32,
+    Form.BFLOAT16: _as_bfloat16,
+    Form.INT8: _as_int8,
+    Form.INT4: _as_int4,
+}
+
+
+def _heads(values: Tensor) -> Tensor:
+    """Returns numbers of blocks ``[N, B, 1]`` as ``[P, B, 32]``."""
+    padded = pad(values.squeeze(2), (0, 0, 0, -values.shape[0] % SIZE))
+    return padded.view(-1, SIZE, padded.shape[1]).transpose(1, 2)
+
+
+def _divided(numbers: Tensor, scale: Tensor) -> Tensor:
+    quotients = torch.where(scale > 0, torch.round(numbers / scale), 0.0)
+    return quotients + 0.0  # an integer zero has no sign
+
+
+def _float16(numbers: Tensor) -> Tensor:
+    return numbers.to(torch.float16).float()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Returns whether all bits are the same: -0 is not 0, and a NaN is itself."""
+    return torch.equal(one.contiguous().view(torch.int32), other.contiguous().view(torch.int32))
