@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from specdec.kernels.native import NativeError, library
+from specdec.kernels.native import library, why_not
 from specdec.kernels.weight_blocks import BlockWeight, from_blocks
 
 IMPLEMENTATIONS = ("reference", "native")
 MOST_ROWS = 128  # of one product, as in block_linear.c; libraries for many rows are as fast there
+_SOURCE = Path(__file__).with_suffix(".c")
 
 
 def block_linear(
-    rows: Tensor, weight: BlockWeight, bias: Tensor | None, *, impl: str, folder: Path
+    rows: Tensor, weight: BlockWeight, bias: Tensor | None = None, *, impl: str = "native"
 ) -> Tensor:
     """Returns ``rows @ weight.T + bias`` in float32 arithmetic.
 
@@ -29,7 +32,6 @@ def block_linear(
         weight: `to_blocks`' ``[N, K]``.
         bias: ``[N]`` float32, or None.
         impl: "reference", or "native": C, compiled when it is first called.
-        folder: where compiled libraries are kept.
 
     Returns:
         ``[..., N]`` float32.
@@ -54,7 +56,7 @@ def block_linear(
     rows = rows.contiguous()
     output = rows.new_empty(*rows.shape[:-1], weight.num_outputs)
     if count:
-        _function(folder)(
+        _function()(
             weight.form.value,
             rows.data_ptr(),
             weight.data.data_ptr(),
@@ -68,19 +70,15 @@ def block_linear(
     return output
 
 
-def why_not_native(folder: Path) -> str | None:
+def why_not_native() -> str | None:
     """Returns why "native" cannot be had here, None if it can; compiles it on the way."""
-    try:
-        _function(folder)
-    except NativeError as error:
-        return str(error)
-    return None
+    return why_not(_SOURCE)
 
 
 @functools.cache
-def _function(folder: Path) -> ctypes._FuncPointer:
-    function = library(Path(__file__).with_suffix(".c"), folder).block_linear
+def _function() -> Callable[..., None]:
+    function: Any = library(_SOURCE).block_linear
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     function.argtypes = [number, *[pointer] * 4, number, size, size, number]
     function.restype = None
-    return function
+    return function  # type: ignore[no-any-return]

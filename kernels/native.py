@@ -14,6 +14,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from specdec.cache_dir import default_cache_dir
+
 _LOG = logging.getLogger(__name__)
 
 _FLAGS = (
@@ -34,15 +36,15 @@ class NativeError(RuntimeError):
 
 
 @functools.cache
-def library(source: Path, folder: Path) -> ctypes.CDLL:
+def library(source: Path, folder: Path | None = None) -> ctypes.CDLL:
     """Returns a C file as a loaded library, compiled if `folder` does not hold it yet.
 
-    The C compiler is that of CC, or else ``cc``. A library is kept under what it depends on: source,
-    compiler, flags and processor, so that a folder may be shared between machines.
+    The C compiler is that of CC, or else ``cc``. A library is kept under what it depends on:
+    source, compiler, flags and processor, so that a folder may be shared between machines.
 
     Args:
         source: a C file without dependencies of its own.
-        folder: where libraries are kept; made if it is missing.
+        folder: where libraries are kept; made if it is missing. None for the user's cache folder.
 
     Raises:
         NativeError: if there is no compiler, it fails, or torch runs its threads by another OpenMP,
@@ -55,7 +57,7 @@ def library(source: Path, folder: Path) -> ctypes.CDLL:
     code = source.read_bytes()
     facts = [hashlib.sha256(code).hexdigest(), *compiler, *_FLAGS, _version(compiler), _processor()]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
-    built = folder / f"{source.stem}-{digest}.so"
+    built = (folder or default_cache_dir() / "native") / f"{source.stem}-{digest}.so"
     if not built.exists():
         _compile(compiler, source, built)
     try:
@@ -88,7 +90,9 @@ def _compile(compiler: list[str], source: Path, built: Path) -> None:
             )
             made.replace(built)
     except subprocess.CalledProcessError as error:
-        raise NativeError(f"{compiler[0]} does not compile {source.name}: {error.stderr}") from error
+        raise NativeError(
+            f"{compiler[0]} does not compile {source.name}: {error.stderr}"
+        ) from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeError(f"{source.name} cannot be compiled: {error}") from error
 
@@ -111,3 +115,14 @@ def _processor() -> str:
             if line.lower().startswith(("flags", "features")):
                 return line
     return f"{platform.machine()} {platform.processor()}"
+
+
+@functools.cache
+def why_not(source: Path) -> str | None:
+    """Returns why a C file cannot be had here, None if it can; compiles it on the way."""
+    try:
+        library(source)
+    except NativeError as error:
+        _LOG.info("%s is done without: %s", source.name, error)
+        return str(error)
+    return None

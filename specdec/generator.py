@@ -53,9 +53,12 @@ class SpeculativeGenerator:
             plain decoding; trees that are drawn from a draft model's law get 8 on a CPU, 32
             elsewhere.
         packed_weights: on a CPU, a float32 model's linear layers are run from copies of their
-            weights in a layout that multiplies several rows faster; the copies take as much memory
-            as the weights ("fp16" half of it). "auto" measures which layout is fastest, "onednn",
-            "mkl" and "fp16" name one, None runs the layers as they are.
+            weights in a layout that multiplies several rows faster. "blocks" is our own (compiled
+            by the machine's C compiler when first used): it keeps weights that came from bfloat16
+            or from a quantised file as what they were, which takes a half to a sixth of the
+            weights' memory, and gives the same float32 numbers. "onednn" and "mkl" take as much as
+            the weights, "fp16" half. "auto" measures which is fastest, None runs the layers as
+            they are.
         tree_attention: the kernel that attends in passes over trees: "triton" (a GPU), "torch",
             "reference", or "auto" for what fits the device. None is the model's own attention
             under a tree's mask, which for now is the default: the kernel has not been timed.

@@ -153,15 +153,16 @@ def test_installed_kernels_wins_over_the_folder_of_the_checkout(tmp_path: Path) 
 
 LEAVES = {"errors", "prefill", "random", "sampling", "stats", "stopping", "types"}
 MAY_IMPORT = {
-    "kernels": set[str](),
-    "leaves": {"kernels"},
+    "cache_dir": set[str](),
+    "kernels": {"cache_dir"},
+    "leaves": {"cache_dir", "kernels"},
     "trees": {"kernels", "leaves"},
     "backend": {"kernels", "leaves"},
     "drafters": {"kernels", "leaves", "trees", "backend"},
     "verifiers": {"kernels", "leaves", "trees", "backend"},
     "target": {"kernels", "leaves", "trees", "backend"},
     "front": {
-        "kernels", "leaves", "trees", "backend", "drafters", "verifiers", "target",
+        "cache_dir", "kernels", "leaves", "trees", "backend", "drafters", "verifiers", "target",
     },
 }  # fmt: skip
 

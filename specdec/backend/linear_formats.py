@@ -5,7 +5,6 @@ Each gives float32 results of float32 arithmetic; they differ from `linear` in t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,11 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.cache_dir import default_cache_dir
 from specdec.kernels.block_linear import MOST_ROWS, block_linear, why_not_native
 from specdec.kernels.weight_blocks import to_blocks
-
-_LOG = logging.getLogger(__name__)
 
 # float32's unit roundoff: a change of the weights below it drowns in the rounding of the products
 _ROUNDOFF = 2.0**-24
@@ -30,7 +26,7 @@ class PackedWeight(NamedTuple):
         run: ``[..., K]`` float32 to ``[..., N]``, the bias added.
         nbytes: what the layout takes, beside the model's own weight.
         layout: what it is called in reports.
-        most_rows: that `run` takes; the layer's own weight is as fast for more. None for any number.
+        most_rows: that `run` takes, None for any number; beyond it the layer is as fast as it is.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -42,18 +38,15 @@ class PackedWeight(NamedTuple):
 def pack_blocks(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
     """Returns the weight in our own blocks, None where C code cannot be compiled.
 
-    The numbers are kept in the smallest form that holds them exactly (`specdec.kernels.weight_blocks`):
-    integers where they come from a quantised file, bfloat16 where they come from such a checkpoint.
+    The numbers are kept in the smallest form that holds them exactly: integers where they come from
+    a quantised file, bfloat16 where they come from such a checkpoint (`kernels.weight_blocks`).
     A row's results do not depend on how many others are multiplied with it.
     """
-    folder = default_cache_dir() / "native"
-    reason = why_not_native(folder)
-    if reason is not None:
-        _LOG.info("no packed weights in blocks: %s", reason)
+    if reason_against("blocks"):
         return None
     blocks = to_blocks(weight)
     bias = None if bias is None else bias.contiguous()
-    run = partial(block_linear, weight=blocks, bias=bias, impl="native", folder=folder)
+    run = partial(block_linear, weight=blocks, bias=bias)
     layout = f"blocks of {blocks.form.name.lower()}"
     return PackedWeight(run, blocks.data.nbytes, layout, MOST_ROWS)
 
@@ -125,3 +118,9 @@ FORMATS: dict[str, Callable[[Tensor, Tensor | None], PackedWeight | None]] = {
     "onednn": pack_onednn,
     "mkl": pack_mkl,
 }
+
+
+def reason_against(form: str) -> str:
+    """Returns why a format cannot be had here, to be put behind a sentence; "" if not known."""
+    reason = why_not_native() if form == "blocks" else None
+    return f": {reason}" if reason else ""

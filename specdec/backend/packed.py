@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from specdec.backend.linear_formats import FORMATS, PackedWeight
+from specdec.backend.linear_formats import FORMATS, PackedWeight, reason_against
+from specdec.backend.norms import native_norms
 from specdec.backend.shared_inputs import shared_inputs
 from specdec.errors import ConfigError
 
@@ -37,6 +38,8 @@ class PackedLinears:
     product. A layer is left alone if it is no plain `torch.nn.Linear` of float32 on a CPU, or if
     someone else has replaced its `forward` (accelerate's offloading, for one).
 
+    RMS norms run as one call each beside them (`specdec.backend.norms`).
+
     The model is as it was found outside `active`. Weights that were written to or replaced since
     (an adapter merged, a checkpoint loaded) are noticed by `refresh`.
 
@@ -52,6 +55,7 @@ class PackedLinears:
         self._users = 0
         joined = (_Group(members) for members in shared_inputs(model, _packable(model)))
         self._groups = [group for group in joined if group.num_entries >= _SMALLEST]
+        self._norms = native_norms(model)
         self._chosen: dict[tuple[int, int], str | None] = {}
         self.refresh()
 
@@ -87,16 +91,16 @@ class PackedLinears:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                for group in self._groups:
-                    group.install()
+                for part in (*self._groups, *self._norms):
+                    part.install()
         try:
             yield
         finally:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    for group in self._groups:
-                        group.remove()
+                    for part in (*self._groups, *self._norms):
+                        part.remove()
 
 
 _known: WeakKeyDictionary[nn.Module, ref[PackedLinears]] = WeakKeyDictionary()
@@ -110,7 +114,7 @@ def packed_linears(model: Any, form: str | None = "auto") -> PackedLinears | Non
         form: "auto", the name of a format, or None for the model's own layers.
 
     Raises:
-        ConfigError: for an unknown format.
+        ConfigError: for an unknown format, or one that cannot be had here.
     """
     if form is not None and form != "auto" and form not in FORMATS:
         raise ConfigError(
@@ -119,6 +123,8 @@ def packed_linears(model: Any, form: str | None = "auto") -> PackedLinears | Non
         )
     if form is None or not isinstance(model, nn.Module):
         return None
+    if form != "auto" and FORMATS[form](torch.eye(16), None) is None:
+        raise ConfigError(f"packed_weights={form!r} cannot be had here{reason_against(form)}")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         return None  # the compiler has taken the layers over
     known = already_packed(model)

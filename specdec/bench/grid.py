@@ -37,7 +37,7 @@ class Grid:
         max_new_tokens: tokens a turn.
         top_p: nucleus of the temperatures above 0.
         dtype: of the weights: "auto", "float32", "bfloat16", "float16".
-        packed_weights: "none", "auto", "onednn", "mkl" or "fp16".
+        packed_weights: "none", "auto", "blocks", "onednn", "mkl" or "fp16".
 
     Raises:
         ConfigError: for a value that cannot be one of its axis; the message says what can.
@@ -130,7 +130,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (_is_count, "a positive whole number"),
     "top_p": (lambda v: _is_number(v) and 0 < v <= 1, "a number above 0 and up to 1"),
     "dtype": _one_of("auto", "float32", "bfloat16", "float16"),
-    "packed_weights": _one_of("none", "auto", "onednn", "mkl", "fp16"),
+    "packed_weights": _one_of("none", "auto", "blocks", "onednn", "mkl", "fp16"),
 }
 SCALARS = ("limit", "max_turns", "max_new_tokens", "top_p", "dtype", "packed_weights")
 

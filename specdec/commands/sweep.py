@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="tokens a turn")
     parser.add_argument("--top-p", type=float, help="nucleus of the temperatures above 0")
     parser.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--packed-weights", help="none, auto, onednn, mkl or fp16")
+    parser.add_argument("--packed-weights", help="none, auto, blocks, onednn, mkl or fp16")
     parser.add_argument("--out", type=Path, required=True, help="the sweep's folder")
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="of steps")
     parser.add_argument("--retry-errors", action="store_true", help="run broken cells again")

@@ -1,0 +1,170 @@
+"""Products with weights in blocks, by C code, against float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdec.kernels import native
+from specdec.kernels.block_linear import MOST_ROWS, block_linear, why_not_native
+from specdec.kernels.native import NativeError, library
+from specdec.kernels.weight_blocks import Form, to_blocks
+
+SOURCE = Path(native.__file__).with_name("block_linear.c")
+needs_compiler = pytest.mark.skipif(
+    why_not_native() is not None, reason=f"no native code: {why_not_native()}"
+)
+IMPLS = ["reference", pytest.param("native", marks=needs_compiler)]
+TOLERANCE = 2e-6  # of a sum of float32 products, relative to the sum of their sizes
+
+
+def weight_of(form: Form, outputs: int, inputs: int) -> Tensor:
+    """Returns numbers that this form holds and no smaller one."""
+    generator = torch.Generator().manual_seed(outputs * 1000 + inputs)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    if form == Form.BFLOAT16:
+        return weight.bfloat16().float()
+    if form in (Form.INT8, Form.INT4):
+        largest = 127 if form == Form.INT8 else 15
+        low = -127 if form == Form.INT8 else 0
+        integers = torch.randint(low, largest + 1, weight.shape, generator=generator).float()
+        integers[:, ::32], integers[:, 1::32] = largest, low
+        scale = torch.rand(outputs, inputs // 32, 2, generator=generator).half().float()
+        scale = scale.repeat_interleave(32, dim=1)
+        return integers * scale[..., 0] + (scale[..., 1] if form == Form.INT4 else 0)
+    return weight
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("form", list(Form))
+@pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (1, 64), (96, 160), (65, 224)])
+@pytest.mark.parametrize("rows", [1, 2, 7, 12, 13, 33, MOST_ROWS])
+def test_products(impl: str, form: Form, outputs: int, inputs: int, rows: int) -> None:
+    weight = weight_of(form, outputs, inputs)
+    blocks = to_blocks(weight)
+    assert blocks.form == form
+    x, bias = torch.randn(rows, inputs), torch.randn(outputs)
+    for shift in (None, bias):
+        got = block_linear(x, blocks, shift, impl=impl)
+        exact = x.double() @ weight.double().T + (0 if shift is None else shift.double())
+        bound = TOLERANCE * (x.double().abs() @ weight.double().abs().T + 1)
+        assert ((got - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (7, 33), (129, 63)])
+def test_sizes_that_fill_no_block(impl: str, outputs: int, inputs: int) -> None:
+    weight = torch.randn(outputs, inputs)
+    x = torch.randn(2, 3, inputs)
+    got = block_linear(x, to_blocks(weight), None, impl=impl)
+    torch.testing.assert_close(got, x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", list(Form))
+def test_a_row_does_not_depend_on_the_others(form: Form) -> None:
+    """Bit for bit, so that a tree's linear layers round as one token's do; NaN rows included."""
+    blocks = to_blocks(weight_of(form, 96, 192))
+    x = torch.randn(MOST_ROWS, 192)
+    alone = torch.cat([block_linear(r, blocks) for r in x[:, None]])
+    for count in range(1, MOST_ROWS + 1):
+        several = block_linear(x[:count], blocks)
+        assert torch.equal(several, alone[:count])
+    x[5] = torch.nan
+    spoiled = block_linear(x, blocks)
+    others = [row for row in range(MOST_ROWS) if row != 5]
+    assert torch.equal(spoiled[others], alone[others])
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_outputs(threads: int) -> None:
+    weight, x = torch.randn(200, 64), torch.randn(5, 64)
+    before = torch.get_num_threads()
+    expected = block_linear(x, to_blocks(weight))
+    try:
+        torch.set_num_threads(threads)
+        got = block_linear(x, to_blocks(weight))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(got, expected)
+
+
+@needs_compiler
+def test_strided_and_empty_rows() -> None:
+    weight = torch.randn(40, 64)
+    x = torch.randn(64, 10).T
+    got = block_linear(x[::2], to_blocks(weight))
+    torch.testing.assert_close(got, x[::2] @ weight.T, rtol=1e-5, atol=1e-5)
+    none = block_linear(x[:0], to_blocks(weight))
+    assert none.shape == (0, 40)
+
+
+def test_bad_input() -> None:
+    blocks = to_blocks(torch.randn(32, 64))
+
+    def call(rows: Tensor, impl: str = "native") -> Tensor:
+        return block_linear(rows, blocks, None, impl=impl)
+
+    with pytest.raises(
+        ValueError, match=r"rows must be \[..., 64\] float32 on the CPU; got \[3, 9\]"
+    ):
+        call(torch.zeros(3, 9))
+    with pytest.raises(ValueError, match="float64"):
+        call(torch.zeros(3, 64, dtype=torch.float64))
+    with pytest.raises(ValueError, match="at most 128 rows; got 129"):
+        call(torch.zeros(129, 64))
+    with pytest.raises(ValueError, match=r"impl must be one of .*; got 'triton'"):
+        call(torch.zeros(3, 64), "triton")
+
+
+@needs_compiler
+def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library.cache_clear()
+    library(SOURCE, tmp_path)
+    [made] = tmp_path.iterdir()
+    monkeypatch.setattr(native, "_compile", pytest.fail)
+    library.cache_clear()
+    library(SOURCE, tmp_path)
+    assert list(tmp_path.iterdir()) == [made]
+
+
+@needs_compiler
+def test_another_source_is_another_library(tmp_path: Path) -> None:
+    changed = tmp_path / SOURCE.name
+    changed.write_bytes(SOURCE.read_bytes() + b"\n")
+    library(SOURCE, tmp_path / "made")
+    library(changed, tmp_path / "made")
+    assert len(list((tmp_path / "made").iterdir())) == 2
+
+
+@needs_compiler
+def test_what_cannot_be_compiled_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken.c"
+    broken.write_text("int main( {")
+    with pytest.raises(NativeError, match=r"does not compile broken.c: .*error"):
+        library(broken, tmp_path / "made")
+    assert list((tmp_path / "made").iterdir()) == []
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(NativeError, match="no C compiler is installed"):
+        library(SOURCE, tmp_path / "other")
+
+
+@needs_compiler
+def test_a_damaged_library_says_which(tmp_path: Path) -> None:
+    library(SOURCE, tmp_path / "made")
+    [made] = (tmp_path / "made").iterdir()
+    damaged = tmp_path / "damaged" / made.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"no library")
+    with pytest.raises(NativeError, match=r"cannot be loaded .*; delete it"):
+        library(SOURCE, damaged.parent)
+
+
+def test_another_openmp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_OPENMP", "libno-such-openmp.so.1")
+    with pytest.raises(NativeError, match="torch does not run its threads by"):
+        library(SOURCE, tmp_path / "never")
