@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,23 @@ def test_every_package_is_listed_in_setup_cfg() -> None:
     listed = lines_of(read_setup_cfg()["options"]["packages"])
     assert len(listed) == len(set(listed))
     assert {module_name(path.with_name("__init__.py")) for path in source_files()} == set(listed)
+
+
+def test_what_is_no_python_is_package_data() -> None:
+    """C sources, templates and weights too are dropped from the wheel without a warning."""
+    patterns = [
+        f"{package}/{pattern.strip()}"
+        for package, value in read_setup_cfg()["options.package_data"].items()
+        for pattern in value.split(",")
+    ]
+    others = {
+        f"{module_name(path.parent / '__init__.py')}/{path.name}"
+        for folder in ("kernels", "specdec", "trees", "drafters", "verifiers")
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix not in {".py", ".pyc"} and "egg-info" not in path.as_posix()
+    }
+    assert "specdec.kernels/block_linear.c" in others
+    assert [name for name in others if not any(fnmatch(name, own) for own in patterns)] == []
 
 
 def test_every_package_but_kernels_has_an_init() -> None:
