@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = 64
+MOST_OF_TRITON = 64  # k of `top_k_triton`, which holds all blocks' candidates in registers
 
 
 def top_k_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
