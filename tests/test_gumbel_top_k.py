@@ -99,7 +99,9 @@ def test_strides_and_poison_around_the_rows(impl, kernel_device):
 
 @pytest.mark.slow
 @triton_only
-@pytest.mark.parametrize(("rows", "vocab_size", "k"), [(1, 50_257, 8), (3, 12_289, 64)])
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "k"), [(1, 50_257, 8), (3, 12_289, 64), (33, 100, 4), (128, 60, 3)]
+)
 def test_triton_draws_what_the_reference_does(rows, vocab_size, k, kernel_device):
     log_probs, keys = some_log_probs(rows, vocab_size, seed=2), some_keys(rows)
     expected = gumbel_top_k(log_probs, keys, k, impl="reference")
