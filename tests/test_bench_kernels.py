@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tape import Tape
 
 from specdec.bench import attention_speed
 from specdec.bench.attention_speed import (
@@ -21,7 +22,7 @@ from specdec.bench.attention_speed import (
     methods_for,
     time_case,
 )
-from specdec.bench.pass_speed import random_model
+from specdec.bench.pass_speed import random_model, time_passes
 from specdec.errors import ConfigError
 
 CASE = Case(2, 4, 2, 16, nodes=7, context=33, dtype=torch.float32)
@@ -100,3 +101,22 @@ def test_the_script_writes_what_it_measured(
     assert "float32" in lines[0]["setting"]
     assert plot.read_text(encoding="utf-8").startswith("<?xml")
     assert "5 nodes" in capsys.readouterr().out
+
+
+def test_captured_passes_are_timed_beside_the_others() -> None:
+    model = random_model("tiny", torch.float32, torch.device("cpu"), 64)
+    timings = time_passes(
+        model, [1, 6], [16, 40], (None,), repeats=2, captured=True, make_recorder=Tape
+    )
+    names = {name for name, _, _ in timings}
+    assert names == {"the model's own", "the model's own, captured"}
+    assert len(timings) == 8
+    assert all(0 < timing.low <= timing.median <= timing.high for timing in timings.values())
+
+
+def test_captured_passes_need_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    model = random_model("tiny", torch.float32, torch.device("cpu"), 64)
+    with pytest.raises(ConfigError, match="the model is on cpu"):
+        time_passes(model, [1], [16], (None,), repeats=1, captured=True)

@@ -311,6 +311,11 @@ def test_a_cache_that_grows_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) ->
     assert passes._cache.generation > 0
     assert len(Tape.made) == passes._cache.generation + 1
     assert num_recorded() > 1
+    # and so it is if the cache has grown behind the last recorded pass of a call
+    passes._cache._grow(2 * passes._cache.capacity)
+    before = num_recorded()
+    assert torch.equal(generator.generate(tiny.ids(PROMPTS[0]), **GREEDY), output)
+    assert num_recorded() == before + 1
 
 
 def test_more_slots_than_a_recording_attends_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 _FEWEST_SLOTS = 256  # attended over; further sizes are its doubles
 _PLAIN_PASSES = 2  # of a shape before it is recorded: they warm up, and a rare one is not worth it
+WARM_UP_PASSES = _PLAIN_PASSES + 1  # of a shape until it takes what it will take
 _MOST_RECORDINGS = 64
 _ROOM = 1024  # a cache has a multiple of so many slots, so that it fits the next call as well
 
@@ -119,9 +120,9 @@ class CapturedPasses:
                 self.close()  # before there are two
                 rounded = -(-capacity // _ROOM) * _ROOM
                 cache = self._cache = self._backend.new_cache(batch_size, rounded)
+                self._generation = cache.generation
             else:
                 cache.restart(batch_size)
-        self._generation = cache.generation
         return cache
 
     def run(
