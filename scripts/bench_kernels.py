@@ -3,7 +3,6 @@
     python scripts/bench_kernels.py --out kernels.csv --plot kernels.svg
     python scripts/bench_kernels.py --contexts 1024 8192 32768 --nodes 1 16 64
     python scripts/bench_kernels.py --passes llama-8b --contexts 1024 16384 65536
-    python scripts/bench_kernels.py --passes smollm2-135m --nodes 1 17 --captured
 
 One layer: our kernel, SDPA with the heads repeated and a bool mask (as transformers calls it), SDPA
 with enable_gqa, FlexAttention compiled (--flex), SDPA without any mask, and a copy of the keys and
@@ -67,8 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="CSV")
     parser.add_argument("--plot", type=Path, help="SVG or PNG")
     options = parser.parse_args(arguments)
-    if options.captured and not options.passes:
-        raise ConfigError("--captured belongs to --passes; one layer's calls are replayed anyway")
+    if options.captured and not (options.passes and options.device.startswith("cuda")):
+        raise ConfigError(
+            "--captured repeats the passes of --passes from CUDA graphs: give a shape and a GPU; "
+            f"got --passes {options.passes} and --device {options.device}"
+        )
     if options.plot is not None:
         require_packages("matplotlib")
     lines = pass_lines(options) if options.passes else kernel_lines(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,16 +71,21 @@ def test_an_unknown_shape_is_refused() -> None:
         random_model("llama-9b", torch.float32, torch.device("cpu"), 8)
 
 
-@pytest.mark.parametrize("passes", [False, True])
-def test_the_script_writes_what_it_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], passes: bool
-) -> None:
+def load_script() -> Any:
     path = Path(__file__).parents[1] / "scripts" / "bench_kernels.py"
     spec = importlib.util.spec_from_file_location("bench_kernels", path)
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_the_script_writes_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], passes: bool
+) -> None:
+    script = load_script()
     out, plot = tmp_path / "k.csv", tmp_path / "k.svg"
     sizes = ["--contexts", "16", "40", "--nodes", "1", "5", "--repeats", "2", "--device", "cpu"]
     shape = (
@@ -112,6 +118,12 @@ def test_captured_passes_are_timed_beside_the_others() -> None:
     assert names == {"the model's own", "the model's own, captured"}
     assert len(timings) == 8
     assert all(0 < timing.low <= timing.median <= timing.high for timing in timings.values())
+
+
+def test_the_script_captures_passes_on_a_gpu_only() -> None:
+    for arguments in (["--device", "cpu", "--passes", "tiny"], ["--device", "cuda"]):
+        with pytest.raises(ConfigError, match="give a shape and a GPU; got --passes"):
+            load_script().main([*arguments, "--captured"])
 
 
 def test_captured_passes_need_a_gpu() -> None:
