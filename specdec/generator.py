@@ -72,7 +72,8 @@ class SpeculativeGenerator:
 
     Raises:
         UnsupportedModelError: if the model cannot take trees; the message says why.
-        ConfigError: for an unknown name, or a policy whose draw law the verifier does not accept.
+        ConfigError: for an unknown name, a policy whose draw law the verifier does not accept, or
+            `compile=True` where passes cannot be captured.
 
     Example:
         >>> generator = SpeculativeGenerator(model, tokenizer)
@@ -102,6 +103,8 @@ class SpeculativeGenerator:
         self._backend.captured = captured_passes(self._backend, compile)
         built = build_drafter(drafter)
         self._attach(built)
+        if self._backend.captured is not None and built is not None and built.needs.num_probes:
+            self._backend.captured.serves(probes=True)  # refuses, or says that it does not
         budget = _node_budget(node_budget)
         follows = budget == "auto" and built is not None
         kind, vocab_size = self._backend.device.type, self._backend.traits.vocab_size
@@ -131,7 +134,7 @@ class SpeculativeGenerator:
 
     @property
     def captured(self) -> bool:
-        """Whether passes over trees are run from recordings, see `compile`."""
+        """Whether passes over trees run from recordings, in the calls that `compile` can serve."""
         return self._backend.captured is not None
 
     def generate(

@@ -21,6 +21,7 @@ from specdec.backend.captured import CapturedPasses, bucket
 from specdec.backend.model import TreeModel
 from specdec.backend.probe import probed
 from specdec.backend.recorders import Recording
+from specdec.drafters.prompt_lookup import PromptLookup
 from specdec.errors import ConfigError
 from specdec.target import Scores, TargetModel
 from specdec.trees.tree import DraftTree
@@ -464,6 +465,29 @@ def test_slots_behind_the_nodes_are_not_served(caplog: pytest.LogCaptureFixture)
     ]
     with pytest.raises(ConfigError, match="slots behind the nodes"):
         CapturedPasses(probed(tiny.make_model()), Tape, required=True).serves(probes=True)
+
+
+@pytest.mark.parametrize("choice", ["auto", True])
+def test_a_drafter_of_such_slots(monkeypatch: pytest.MonkeyPatch, choice: bool | str) -> None:
+    """Refused when the generator is made, or served by passes as they are."""
+    monkeypatch.setattr(
+        "specdec.generator.captured_passes",
+        lambda backend, choice: captured_passes(backend, choice, Tape),
+    )
+    model = tiny.make_model("llama", seed=1)
+
+    class Slots(PromptLookup):
+        needs = DrafterNeeds(probes=torch.randn(2, 32))
+
+    if choice is True:
+        with pytest.raises(ConfigError, match="the drafter reads slots behind the nodes"):
+            SpeculativeGenerator(model, drafter=Slots(), compile=choice)
+        return
+    generator = SpeculativeGenerator(model, drafter=Slots(), compile=choice, node_budget=4)
+    Tape.made.clear()
+    output = generator.generate(tiny.ids(PROMPTS[0]), **GREEDY)
+    assert torch.equal(output, model.generate(tiny.ids(PROMPTS[0]), **GREEDY))
+    assert num_replays() == 0
 
 
 @pytest.mark.parametrize("required", [False, True])
