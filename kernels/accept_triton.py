@@ -10,14 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specdec.kernels.philox_triton import gumbel
+
 _COUNTERS = 1024  # of Philox, each for four tokens: one program takes 4096 logits
-
-
-@triton.jit
-def _gumbel(bits):
-    """As `specdec.kernels.philox.gumbel`: 1 - u has 33 bits, so log(1 - u) is log1p(-u)."""
-    uniform = (bits.to(tl.float64) + 0.5) * 2.3283064365386962890625e-10
-    return -tl.log(-tl.log(1.0 - uniform))
 
 
 @triton.jit
@@ -59,13 +54,13 @@ def _choice_kernel(
                 # rounded as torch rounds; the GPU's own quotient may be off by a bit or two
                 score = tl.div_rn(logit, temperature).to(tl.float64)
                 if lane == 0:
-                    score += _gumbel(bits0)
+                    score += gumbel(bits0)
                 elif lane == 1:
-                    score += _gumbel(bits1)
+                    score += gumbel(bits1)
                 elif lane == 2:
-                    score += _gumbel(bits2)
+                    score += gumbel(bits2)
                 else:
-                    score += _gumbel(bits3)
+                    score += gumbel(bits3)
             # an earlier lane is a lower id of the same counter
             better = score > best
             best = tl.where(better, score, best)

@@ -15,6 +15,7 @@ from specdec.kernels.native import library, why_not
 
 _BLOCK = 64
 _MOST_NATIVE = 64  # a list that is kept sorted by insertion
+MOST_OF_TRITON = 64  # k of `top_k_triton`, which holds all blocks' candidates in registers
 _SOURCE = Path(__file__).with_suffix(".c")
 
 

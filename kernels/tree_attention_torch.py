@@ -77,10 +77,12 @@ def _attend(
     if key.shape[2] == 0:  # no context and no nodes
         return query.new_zeros(query.shape)
     group = num_heads // key.shape[1]
-    folded = query.reshape(batch_size, key.shape[1], group * nodes, width)
     mask = visible_slots(ancestors, context_lengths, num_nodes, key.shape[2], sliding_window)
     # a row that sees nothing would be NaN; it is set to zero below
     live = mask.any(dim=-1)
+    # and what it holds must not be: CPUs with tile registers read past a row's end, times zero
+    query = query.masked_fill(~live[:, None, :, None], 0)
+    folded = query.reshape(batch_size, key.shape[1], group * nodes, width)
     mask = (mask | ~live.unsqueeze(-1)).unsqueeze(1).repeat(1, 1, group, 1)
     if softcap is None and sinks is None:
         output = torch.nn.functional.scaled_dot_product_attention(

@@ -8,7 +8,8 @@ One layer: our kernel, SDPA with the heads repeated and a bool mask (as transfor
 with enable_gqa, FlexAttention compiled (--flex), SDPA without any mask, and a copy of the keys and
 values; the share is of the copy's bandwidth. Caches rotate, methods take turns, times are medians
 with the 20 % and 80 % quantiles; on a GPU calls are replayed from a graph. With --passes, a random
-model of that shape: passes over trees, the share being that of a step of plain decoding (one node).
+model of that shape: passes over trees, the share being that of a step of plain decoding (one node);
+with --captured each of them repeated from a CUDA graph as well.
 """
 
 from __future__ import annotations
@@ -61,9 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rotate-mb", type=int, default=512 if cuda else 64, help="of caches")
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--passes", choices=SHAPES, help="whole passes of a model of this shape")
+    parser.add_argument("--captured", action="store_true", help="passes from CUDA graphs as well")
     parser.add_argument("--out", type=Path, help="CSV")
     parser.add_argument("--plot", type=Path, help="SVG or PNG")
     options = parser.parse_args(arguments)
+    if options.captured and not (options.passes and options.device.startswith("cuda")):
+        raise ConfigError(
+            "--captured repeats the passes of --passes from CUDA graphs: give a shape and a GPU; "
+            f"got --passes {options.passes} and --device {options.device}"
+        )
     if options.plot is not None:
         require_packages("matplotlib")
     lines = pass_lines(options) if options.passes else kernel_lines(options)
@@ -118,7 +125,12 @@ def pass_lines(options: argparse.Namespace) -> list[Line]:
     longest = max(options.contexts) + max(options.nodes)
     model = random_model(options.passes, dtype, device, longest)
     timings = time_passes(
-        model, options.nodes, options.contexts, (None, options.impl), repeats=options.repeats
+        model,
+        options.nodes,
+        options.contexts,
+        (None, options.impl),
+        repeats=options.repeats,
+        captured=options.captured,
     )
     shared = setting(options)
     return [

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 
+from specdec.backend.cache import TreeCache
+from specdec.backend.captured import WARM_UP_PASSES, bucket
 from specdec.backend.model import TreeModel, causal_ancestors
 from specdec.cache_dir import default_cache_dir
 from specdec.errors import ConfigError
@@ -164,15 +166,16 @@ def measure(backend: TreeModel, rows: Sequence[int] = _ROWS) -> PassCost:
     contexts = sorted({max(1, min(context, room - max(rows))) for context in _CONTEXTS})
     rounds: list[list[list[float]]] = []
     begin = time.perf_counter()
-    cache = backend.new_cache(1, contexts[-1] + max(rows))
-    for _ in range(1 + _ROUNDS):
+    cache = _cache(backend, contexts[-1] + bucket(max(rows)))
+    warm_up = 1 if backend.captured is None else WARM_UP_PASSES
+    for _ in range(warm_up + _ROUNDS):
         rounds.append(
             [[_seconds(backend, cache, n, context) for n in rows] for context in contexts]
         )
         if time.perf_counter() - begin > _SECONDS:
             break
-    # the first round is a warm-up that counts only if it stayed the only one
-    medians = np.median(rounds[1:] or rounds, axis=0)
+    # the first rounds are a warm-up, of which the last counts only if there were no others
+    medians = np.median(rounds[warm_up:] or rounds[-1:], axis=0)
     curves = [tuple(_convex(np.array(rows), own).tolist()) for own in medians]
     return PassCost(tuple(rows), tuple(contexts), tuple(curves))
 
@@ -189,20 +192,33 @@ def _convex(rows: np.ndarray, seconds: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def _made_under_load(backend: TreeModel, cost: PassCost) -> bool:
     """Returns whether the cheapest pass of a table is well faster now; slower says nothing."""
-    cache = backend.new_cache(1, cost.contexts[0] + cost.rows[0])
+    cache = _cache(backend, cost.contexts[0] + cost.rows[0])
     kept = cost.seconds[0][0]
+    if backend.captured is not None:
+        for _ in range(WARM_UP_PASSES):
+            _seconds(backend, cache, cost.rows[0], cost.contexts[0])
     checks = max(1, min(_MOST_CHECKS, int(_CHECK_SECONDS / kept)))
     now = [_seconds(backend, cache, cost.rows[0], cost.contexts[0]) for _ in range(checks)]
     return float(np.median(now)) < _FASTER * kept
 
 
-def _seconds(backend: TreeModel, cache: Any, count: int, context: int) -> float:
+def _cache(backend: TreeModel, capacity: int) -> TreeCache:
+    captured = backend.captured
+    return (backend if captured is None else captured).new_cache(1, capacity)
+
+
+def _seconds(backend: TreeModel, cache: TreeCache, count: int, context: int) -> float:
     cache.lengths[:] = [context]  # zeros, which cost what any other keys and values cost
-    tokens = torch.zeros(1, count, dtype=torch.int64)
-    positions = context + torch.arange(count).unsqueeze(0)
-    ancestors = causal_ancestors(1, count) if count > 1 else None
+    captured = backend.captured
+    size = count if captured is None else bucket(count)
+    tokens = torch.zeros(1, size, dtype=torch.int64)
+    positions = context + torch.arange(size).unsqueeze(0)
+    ancestors = causal_ancestors(1, size)
     begin = time.perf_counter()
-    logits = backend.forward(cache, tokens, positions, ancestors)
+    if captured is not None:
+        logits, _ = captured.run(cache, tokens, positions, ancestors)
+    else:
+        logits = backend.forward(cache, tokens, positions, ancestors if size > 1 else None)
     if logits.device.type != "cpu":
         logits[0, 0, 0].item()  # waits for the device
     seconds = time.perf_counter() - begin
@@ -212,6 +228,7 @@ def _seconds(backend: TreeModel, cache: Any, count: int, context: int) -> float:
 
 def _facts(backend: TreeModel) -> dict[str, Any]:
     device = backend.device
+    recorded = {} if backend.captured is None else {"captured": True}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "model": type(backend.model).__name__,
@@ -223,6 +240,7 @@ def _facts(backend: TreeModel) -> dict[str, Any]:
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        **recorded,
     }
 
 

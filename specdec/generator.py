@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from specdec.auto import PartsForCalls
+from specdec.backend.capture_check import captured_passes
 from specdec.backend.model import TreeModel
 from specdec.backend.probe import probed
 from specdec.build import build_drafter
@@ -62,6 +63,10 @@ class SpeculativeGenerator:
         tree_attention: the kernel that attends in passes over trees: "triton" (a GPU), "torch",
             "reference", or "auto" for what fits the device. None is the model's own attention
             under a tree's mask, which for now is the default: the kernel has not been timed.
+        compile: on a GPU, passes over trees are recorded once as CUDA graphs, one for each padded
+            size, and repeated without the model's Python. "auto" does so wherever the model allows
+            it and runs other passes as they are; True refuses what cannot be recorded, False
+            records nothing. The cache is then kept from call to call, until `close`.
         calibration: what a pass costs, for `node_budget`: a `specdec.cost.PassCost`, a file of one,
             or None: measured in a few seconds the first time, then kept in the cache folder.
 
@@ -70,7 +75,8 @@ class SpeculativeGenerator:
 
     Raises:
         UnsupportedModelError: if the model cannot take trees; the message says why.
-        ConfigError: for an unknown name, or a policy whose draw law the verifier does not accept.
+        ConfigError: for an unknown name, a policy whose draw law the verifier does not accept, or
+            `compile=True` where passes cannot be captured.
 
     Example:
         >>> generator = SpeculativeGenerator(model, tokenizer)
@@ -90,14 +96,18 @@ class SpeculativeGenerator:
         node_budget: int | str = "auto",
         packed_weights: str | None = "auto",
         tree_attention: str | None = None,
+        compile: bool | str = "auto",  # noqa: A002 - what users know it by
         calibration: PassCost | str | os.PathLike[str] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stats: DecodeStats | None = None
         self._backend = probed(model, packed_weights, tree_attention)
+        self._backend.captured = captured_passes(self._backend, compile)
         built = build_drafter(drafter)
         self._attach(built)
+        if self._backend.captured is not None and built is not None and built.needs.num_probes:
+            self._backend.captured.serves(probes=True)  # refuses, or says that it does not
         budget = _node_budget(node_budget)
         follows = budget == "auto" and built is not None
         kind, vocab_size = self._backend.device.type, self._backend.traits.vocab_size
@@ -124,6 +134,11 @@ class SpeculativeGenerator:
         if packed is None:
             return None
         return {"layers": packed.formats, "nbytes": packed.nbytes}
+
+    @property
+    def captured(self) -> bool:
+        """Whether passes over trees run from recordings, in the calls that `compile` can serve."""
+        return self._backend.captured is not None
 
     def generate(
         self,
@@ -209,8 +224,10 @@ class SpeculativeGenerator:
         return self._exhaust(Session(call, self._parts, seed), None)
 
     def close(self) -> None:
-        """Gives memory back: what the drafter learned, and the packed weights."""
+        """Gives memory back: what the drafter learned, the packed weights, and recorded passes."""
         self._backend.packed = None
+        if self._backend.captured is not None:
+            self._backend.captured.close()
         if self._parts.drafter is not None:
             self._parts.drafter.reset()
 

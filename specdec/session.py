@@ -9,6 +9,7 @@ from typing import Any
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from specdec.auto import PartsForCalls
+from specdec.backend.captured import bucket
 from specdec.backend.exchange import import_cache
 from specdec.backend.model import TreeModel
 from specdec.call import Call, past_length
@@ -60,7 +61,12 @@ class Session:
         needs = drafter.needs if drafter is not None else DrafterNeeds()
         new_tokens = min(_new_tokens(self.call), _INITIAL_ROOM)
         pass_rows = nodes * (1 + needs.num_probes)
-        cache = backend.new_cache(len(self.inputs), longest + new_tokens + pass_rows)
+        captured = backend.captured
+        if captured is not None and not captured.serves(probes=needs.num_probes > 0):
+            captured = None
+        if captured is not None:
+            pass_rows = bucket(nodes)
+        cache = (captured or backend).new_cache(len(self.inputs), longest + new_tokens + pass_rows)
         if past_length(self.call):
             import_cache(cache, self.call.past, [item.past_columns for item in self.inputs])
         self.stats = DecodeStats(len(self.inputs), _settings(self.parts))
@@ -69,7 +75,7 @@ class Session:
             self.inputs,
             [row_streams(seed, row) for seed, row in self._keys],
             self.parts,
-            TargetModel(backend, cache, needs),
+            TargetModel(backend, cache, needs, captured),
             self.stats,
             vocab_size=backend.traits.vocab_size,
             positions=limit,

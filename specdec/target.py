@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.backend.cache import TreeCache
+from specdec.backend.captured import CapturedPasses, bucket
 from specdec.backend.features import FeatureTap
 from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
 from specdec.backend.pads import PadGroups
@@ -48,6 +49,7 @@ class TargetModel:
         backend: the probed model.
         cache: empty, or holding an earlier turn of the conversation.
         needs: what the drafter wants to see.
+        captured: runs the passes over trees, on a cache of its own; None has `backend` run them.
 
     Raises:
         ConfigError: if it wants the features of a layer that the model does not have, or slots
@@ -55,9 +57,14 @@ class TargetModel:
     """
 
     def __init__(
-        self, backend: TreeModel, cache: TreeCache, needs: DrafterNeeds | None = None
+        self,
+        backend: TreeModel,
+        cache: TreeCache,
+        needs: DrafterNeeds | None = None,
+        captured: CapturedPasses | None = None,
     ) -> None:
         self._backend = backend
+        self._captured = captured
         self.cache = cache
         self._prompt_top_k = needs.prompt_top_k if needs else 0
         self._tap = FeatureTap(backend.model, needs.layers) if needs and needs.layers else None
@@ -149,6 +156,8 @@ class TargetModel:
         """
         self.cache.drop_pending()  # of a drafter that shares this cache
         width = max(map(len, trees))
+        if self._captured is not None:
+            return self._score_captured(self._captured, trees, width)
         tokens = token_matrix([tree.token_list for tree in trees], width)
         depths = token_matrix([tree.depth_list for tree in trees], width)
         positions = torch.tensor(self.cache.lengths).unsqueeze(1) + depths
@@ -164,6 +173,20 @@ class TargetModel:
         logits, features, _ = self._pass(*rows, pads=width)
         real, behind = pads.split(logits, width)
         return Scores(real, None if features is None else features[:, :width], behind)
+
+    def _score_captured(
+        self, captured: CapturedPasses, trees: Sequence[DraftTree], width: int
+    ) -> Scores:
+        """Scores trees that are padded to a size of which there may be a recording."""
+        size = bucket(width)
+        tokens = token_matrix([tree.token_list for tree in trees], size)
+        depths = token_matrix([tree.depth_list for tree in trees], size)
+        positions = torch.tensor(self.cache.lengths).unsqueeze(1) + depths
+        ancestors = torch.stack([ancestor_matrix(tree.parent_list, size) for tree in trees])
+        logits, features = captured.run(self.cache, tokens, positions, ancestors, self._tap)
+        # the next pass writes over them, and texts and drafters may keep what they are given
+        features = None if features is None else features[:, :width].clone()
+        return Scores(logits[:, :width].clone(), features)
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps each row's root and accepted nodes; everything else of the last pass is gone."""

@@ -109,10 +109,30 @@ def commit_paths_case(*, path, width=128):
     commit_paths_triton(pool, torch.zeros(2, path, dtype=torch.int32), zeros, zeros)
 
 
+def gumbel_top_k_case(*, vocab_size, dtype, k):
+    from specdec.kernels.gumbel_top_k_triton import gumbel_top_k_triton
+
+    log_probs = torch.zeros(2, vocab_size, dtype=getattr(torch, dtype))
+    gumbel_top_k_triton(log_probs, torch.zeros(2, 4, dtype=torch.int64), k)
+
+
+def recycle_case(*, vocab_size, dtype, k, rows=17, shares=True):
+    from specdec.kernels.recycle_triton import recycle_triton
+
+    recycle_triton(
+        torch.zeros(8, k, dtype=torch.int32),
+        torch.zeros(rows, vocab_size, dtype=getattr(torch, dtype)),
+        torch.zeros(rows, dtype=torch.int64),
+        torch.zeros(8, k, dtype=torch.float16) if shares else None,
+    )
+
+
 CASES = {
     "tree_attention": tree_attention_case,
     "accept_tree": accept_tree_case,
     "commit_paths": commit_paths_case,
+    "gumbel_top_k": gumbel_top_k_case,
+    "recycle": recycle_case,
 }
 
 

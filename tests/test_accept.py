@@ -103,7 +103,8 @@ def test_walks_like_the_production_verifier(impl, noisy, dtype, kernel_device):
 @pytest.mark.slow
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize(
-    ("nodes", "vocab_size"), [(1, 1), (7, 5), (1, 50_257), (7, 4096), (7, 4097), (33, 600)]
+    ("nodes", "vocab_size"),
+    [(1, 1), (7, 5), (1, 50_257), (7, 4096), (7, 4097), (33, 600), (64, 90), (128, 40)],
 )
 def test_triton_chooses_what_the_reference_does(nodes, vocab_size, noisy, kernel_device):
     trees = make_trees(4, nodes, vocab_size, seed=nodes + vocab_size)
@@ -197,3 +198,13 @@ def test_bad_input_is_refused(change, message):
     accept_tree(**arguments)
     with pytest.raises(ValueError, match=message):
         accept_tree(**arguments | change)
+
+
+def test_missing_triton_is_named(monkeypatch):
+    monkeypatch.setattr("specdec.kernels.implementations.has_triton", lambda: False)
+    trees = make_trees(1, 2, 3, seed=0)
+    with pytest.raises(ImportError, match=r"pip install 'specdec-toolkit\[triton\]'"):
+        accept_tree(*trees, impl="triton")
+    assert (
+        accept_tree(*trees).counts.tolist() == accept_tree(*trees, impl="reference").counts.tolist()
+    )

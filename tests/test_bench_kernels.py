@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tape import Tape
 
 from specdec.bench import attention_speed
 from specdec.bench.attention_speed import (
@@ -21,7 +23,7 @@ from specdec.bench.attention_speed import (
     methods_for,
     time_case,
 )
-from specdec.bench.pass_speed import random_model
+from specdec.bench.pass_speed import random_model, time_passes
 from specdec.errors import ConfigError
 
 CASE = Case(2, 4, 2, 16, nodes=7, context=33, dtype=torch.float32)
@@ -69,16 +71,21 @@ def test_an_unknown_shape_is_refused() -> None:
         random_model("llama-9b", torch.float32, torch.device("cpu"), 8)
 
 
-@pytest.mark.parametrize("passes", [False, True])
-def test_the_script_writes_what_it_measured(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], passes: bool
-) -> None:
+def load_script() -> Any:
     path = Path(__file__).parents[1] / "scripts" / "bench_kernels.py"
     spec = importlib.util.spec_from_file_location("bench_kernels", path)
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.parametrize("passes", [False, True])
+def test_the_script_writes_what_it_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], passes: bool
+) -> None:
+    script = load_script()
     out, plot = tmp_path / "k.csv", tmp_path / "k.svg"
     sizes = ["--contexts", "16", "40", "--nodes", "1", "5", "--repeats", "2", "--device", "cpu"]
     shape = (
@@ -100,3 +107,28 @@ def test_the_script_writes_what_it_measured(
     assert "float32" in lines[0]["setting"]
     assert plot.read_text(encoding="utf-8").startswith("<?xml")
     assert "5 nodes" in capsys.readouterr().out
+
+
+def test_captured_passes_are_timed_beside_the_others() -> None:
+    model = random_model("tiny", torch.float32, torch.device("cpu"), 64)
+    timings = time_passes(
+        model, [1, 6], [16, 40], (None,), repeats=2, captured=True, make_recorder=Tape
+    )
+    names = {name for name, _, _ in timings}
+    assert names == {"the model's own", "the model's own, captured"}
+    assert len(timings) == 8
+    assert all(0 < timing.low <= timing.median <= timing.high for timing in timings.values())
+
+
+def test_the_script_captures_passes_on_a_gpu_only() -> None:
+    for arguments in (["--device", "cpu", "--passes", "tiny"], ["--device", "cuda"]):
+        with pytest.raises(ConfigError, match="give a shape and a GPU; got --passes"):
+            load_script().main([*arguments, "--captured"])
+
+
+def test_captured_passes_need_a_gpu() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    model = random_model("tiny", torch.float32, torch.device("cpu"), 64)
+    with pytest.raises(ConfigError, match="the model is on cpu"):
+        time_passes(model, [1], [16], (None,), repeats=1, captured=True)

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tape import Tape
 
 from specdec import SpeculativeGenerator
+from specdec.backend.capture_check import captured_passes
 from specdec.backend.probe import probed
 from specdec.budget import AutoBudget
 from specdec.budget.chances import RealisedChances
@@ -388,3 +390,22 @@ def test_costs_of_a_busy_machine_are_measured_again(
 def test_a_model_with_few_positions_is_measured_within_them() -> None:
     cost = measure(probed(tiny.make_model("gpt2")))
     assert max(cost.rows) + max(cost.contexts) <= 256
+
+
+def test_captured_passes_are_measured_as_they_will_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From recordings, and kept apart from the costs of passes that run as they are."""
+    monkeypatch.setenv("SPECDEC_CACHE", str(tmp_path))
+    Tape.made.clear()
+    backend = probed(tiny.make_model("llama"))
+    pass_cost(backend)
+    backend.captured = captured_passes(backend, True, Tape)
+    cost = pass_cost(backend)
+    assert len(list((tmp_path / "calibration").iterdir())) == 2
+    assert sum(tape.recorded for tape in Tape.made) >= len(cost.rows)
+    before = sum(tape.replayed for tape in Tape.made)
+    monkeypatch.setattr("specdec.cost.measure", None)
+    monkeypatch.setattr("specdec.cost._FASTER", 0.0)
+    assert pass_cost(backend) == cost
+    assert sum(tape.replayed for tape in Tape.made) > before

@@ -123,3 +123,11 @@ def test_bad_input_is_refused(change, message):
     commit_paths(**arguments)
     with pytest.raises(ValueError, match=message):
         commit_paths(**arguments | change)
+
+
+def test_missing_triton_is_named(monkeypatch):
+    monkeypatch.setattr("specdec.kernels.implementations.has_triton", lambda: False)
+    arguments = (torch.zeros(1, 1, 1, 4, 2), ints([[0, 2]]), ints([2]), ints([1]))
+    with pytest.raises(ImportError, match=r"pip install 'specdec-toolkit\[triton\]'"):
+        commit_paths(*arguments, impl="triton")
+    commit_paths(*arguments)

@@ -115,3 +115,19 @@ def test_acceptance_compiles_without_spills(arguments):
 @pytest.mark.parametrize("arguments", [{"path": 8}, {"path": 33, "width": 80}], ids=str)
 def test_compaction_compiles_without_spills(arguments):
     assert_fits(compile_for_sm_90(("commit_paths", arguments)), {"_commit_kernel"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gumbel_top_k", "recycle"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"vocab_size": 151_936, "dtype": "bfloat16", "k": 8},
+        {"vocab_size": 49_152, "dtype": "float32", "k": 4},
+        {"vocab_size": 256_000, "dtype": "float16", "k": 64},
+    ],
+    ids=str,
+)
+def test_top_k_compiles_without_spills(name, arguments):
+    merge = {"gumbel_top_k": "_merge_kernel", "recycle": "_scatter_kernel"}[name]
+    assert_fits(compile_for_sm_90((name, arguments)), {"_block_kernel", merge})

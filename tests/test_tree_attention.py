@@ -161,7 +161,10 @@ def test_right_in_a_few_cases(impl, shape, features, dtype, layout, kernel_devic
 )
 def test_right_for_every_shape(impl, nodes, group, width, features, kernel_device):
     shape = Shape(nodes, group, width, lengths=(130, 0))
-    arguments, used = make_case(shape, torch.float32, kernel_device, seed=nodes + group)
+    layout = "plain" if features == "plain" else "strided"
+    arguments, used = make_case(
+        shape, torch.float32, kernel_device, layout=layout, seed=nodes + group
+    )
     assert_right(with_features(arguments, features), used, impl)
 
 

@@ -129,7 +129,7 @@ def test_a_long_prompt_and_a_draft_that_goes_on_are_not_whole_trees(calls: list[
 def test_a_layer_that_hands_over_more_keeps_its_own_attention() -> None:
     model = tiny.make_model("llama")
     mask = torch.zeros(1, 1, 2, 5)
-    trees = tree_layers.TreePass(ancestor_matrix([-1, 0], 2)[None], [3], [(mask, None)], "torch")
+    trees = tree_layers.TreePass.of(ancestor_matrix([-1, 0], 2)[None], [3], [(mask, None)], "torch")
     key, value = torch.randn(2, 1, 2, 5, 8).unbind(0)
     query = torch.randn(1, 4, 2, 8)
     layer = model.model.layers[0].self_attn

@@ -57,8 +57,10 @@ class TreeCache:
         self.hf_cache = Cache(layers=list(self.layers))
         self.pending = 0
         self.pass_size = 0
+        self.generation = 0  # raised when keys and values move to other addresses
         self._first = 0  # pools' row that is the first in view
         self._slots: dict[torch.device, tuple[Tensor, Tensor]] = {}  # of the running pass
+        self._attended: int | None = None  # by a pass that does not go by the lengths here
         self._lay_views()
 
     def _allocate(self, batch_size: int, capacity: int) -> dict[LayerSpec, tuple[Tensor, Tensor]]:
@@ -114,6 +116,8 @@ class TreeCache:
     @property
     def visible(self) -> int:
         """Slots that the running pass attends over: committed, pending and new ones."""
+        if self._attended is not None:
+            return self._attended
         return max(self.lengths) + self.pending + self.pass_size
 
     def slots(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -123,6 +127,40 @@ class TreeCache:
             starts = torch.tensor(self.lengths, device=device).unsqueeze(1) + self.pending
             self._slots[device] = rows, starts + torch.arange(self.pass_size, device=device)
         return self._slots[device]
+
+    @property
+    def writes_in_order(self) -> bool:
+        """Whether all rows write to the same slots, which the host knows."""
+        return self._attended is None and min(self.lengths) == max(self.lengths)
+
+    @contextmanager
+    def writing_to(self, slots: Tensor, visible: int) -> Iterator[None]:
+        """Has the running pass write to slots that only the device knows.
+
+        Args:
+            slots: ``[B, N]`` int64 on the device of all layers.
+            visible: slots attended over; what is not to be seen is for the masks to hide.
+        """
+        rows = torch.arange(self.batch_size, device=slots.device).unsqueeze(1)
+        self._slots, self._attended = {slots.device: (rows, slots)}, visible
+        try:
+            yield
+        finally:
+            self._slots, self._attended = {}, None
+
+    def restart(self, batch_size: int) -> None:
+        """Empties the cache for another call of at most as many rows, at the same addresses."""
+        for pools in self._pools.values():
+            for pool in pools:
+                pool.zero_()  # see `_allocate`
+        self.lengths[:] = [0] * batch_size
+        self.pending = self.pass_size = self._first = 0
+        self._lay_views()
+
+    @property
+    def pool_rows(self) -> int:
+        """Rows there is room for, active or not."""
+        return next(iter(self._pools.values()))[0].shape[1]
 
     def advance(self, counts: Sequence[int]) -> None:
         """Commits the first `counts[b]` pending nodes of each row, a chain; drops the others."""
@@ -140,12 +178,12 @@ class TreeCache:
 
     def _grow(self, capacity: int) -> None:
         old, filled = self._pools, self.capacity
-        batch_size = next(iter(old.values()))[0].shape[1]
-        self._pools = self._allocate(batch_size, capacity)
+        self._pools = self._allocate(self.pool_rows, capacity)
         for spec, pools in old.items():
             for new, pool in zip(self._pools[spec], pools, strict=True):
                 new[..., :filled, :] = pool
         self.capacity = capacity
+        self.generation += 1
         self._lay_views()
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
@@ -246,10 +284,9 @@ class _TreeLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Writes the new nodes behind each row's earlier ones; returns all visible slots."""
-        lengths, count = self._cache.lengths, key_states.shape[-2]
-        pending = self._cache.pending
-        if min(lengths) == max(lengths):
-            start = lengths[0] + pending
+        count = key_states.shape[-2]
+        if self._cache.writes_in_order:
+            start = self._cache.lengths[0] + self._cache.pending
             self.keys[:, :, start : start + count] = key_states
             self.values[:, :, start : start + count] = value_states
         else:

@@ -58,6 +58,9 @@ class FeatureTap:
         model: a HuggingFace causal language model.
         layers: which layers' outputs to read, 0 the first; negative ones count from the end.
 
+    Attributes:
+        layers: as given, counted from 0.
+
     Raises:
         ConfigError: for a layer the model does not have.
         UnsupportedModelError: if its layers are not found.
@@ -71,8 +74,8 @@ class FeatureTap:
                 f"features were asked of layers {list(layers)}; the model has layers 0 to "
                 f"{count - 1}"
             )
-        self._layers = [layer % count for layer in layers]
-        self._modules = {layer: stack[layer] for layer in set(self._layers)}
+        self.layers = tuple(layer % count for layer in layers)
+        self._modules = {layer: stack[layer] for layer in set(self.layers)}
         self._outputs: dict[int, Tensor] = {}
 
     @contextmanager
@@ -96,7 +99,7 @@ class FeatureTap:
         for; L layers, D the model's width.
         """
         outputs, self._outputs = self._outputs, {}
-        parts = [outputs[layer] for layer in self._layers]
+        parts = [outputs[layer] for layer in self.layers]
         return torch.cat([part.to(parts[0].device) for part in parts], dim=-1)
 
     def _keeper(self, layer: int) -> Any:

@@ -41,5 +41,6 @@ def tree_visibility(
 
 def as_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the mask as eager attention adds it: 0 where it is True, the lowest number else."""
-    lowest = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+    # filled on the device: a copy from the host cannot be captured
+    lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
     return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), lowest)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from specdec.backend.masks import as_additive, tree_visibility
 from specdec.backend.packed import PackedLinears
 from specdec.backend.support import ModelTraits, read_traits
 from specdec.backend.tree_layers import ARGUMENT, MAX_NODES, TREE, TreePass
+from specdec.kernels.tree_mask import visible_slots
+
+if TYPE_CHECKING:
+    from specdec.backend.captured import CapturedPasses
 
 
 class TreeModel:
@@ -28,6 +33,9 @@ class TreeModel:
         tree_attention: implementation of `specdec.kernels.tree_attention` for the passes over
             trees; None for the model's own attention under a mask.
 
+    Attributes:
+        captured: runs passes over trees from recordings; None where they are not recorded.
+
     Raises:
         UnsupportedModelError: if the model cannot take trees.
     """
@@ -40,6 +48,7 @@ class TreeModel:
         # the probe goes back to the model's own attention if this one does not serve
         self.attention: str | None = GROUPED if pays(self.device, self.traits.attention) else None
         self.tree_attention = tree_attention
+        self.captured: CapturedPasses | None = None
         self._config = model.config.get_text_config(decoder=True)
         self._keeps_logits: bool = model._supports_logits_to_keep()
 
@@ -52,10 +61,14 @@ class TreeModel:
             device = torch.device(getattr(table._hf_hook, "execution_device", "cpu"))
         return device
 
-    def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
-        """Returns an empty cache for `batch_size` rows of `capacity` slots."""
+    def refresh(self) -> None:
+        """Packs weights anew that have changed since."""
         if self.packed is not None:
             self.packed.refresh()
+
+    def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
+        """Returns an empty cache for `batch_size` rows of `capacity` slots."""
+        self.refresh()
         return TreeCache(self.specs, batch_size, capacity)
 
     def forward(
@@ -81,36 +94,104 @@ class TreeModel:
         Returns:
             ``[B, N, V]`` (or ``[B, K, V]``) logits in the model's dtype.
         """
-        device = self.device
-        limit = self.traits.positions
-        if limit is not None and limit.kind == "learned":
-            # padding may stand past the end of the table; nobody looks at it
-            positions = positions.clamp(max=limit.num_positions - 1)
+        positions = self.within_table(positions)
         new = tokens.shape[1]
         cache.begin_pass(new)
+        masks: dict[str, tuple[Tensor, int | None]] = {}
+        trees: TreePass | None = None
+        attention: str | None = None
+        if ancestors is not None:
+            visibility = partial(
+                tree_visibility, cache.lengths, ancestors, positions, cache.visible
+            )
+            masks = self._masks(visibility)
+            attention = self.attention
+            # the kernel's queries are whole trees; what goes on with one, or a long prompt, is not
+            if self.tree_attention is not None and new == ancestors.shape[2] <= MAX_NODES:
+                attention = TREE[self.traits.attention]
+                trees = TreePass.of(
+                    ancestors, cache.lengths, list(masks.values()), self.tree_attention
+                )
+        device = self.device
+        logits = self._run(
+            cache, tokens.to(device), positions[:, -new:].to(device), masks, attention, trees, keep
+        )
+        cache.end_pass()
+        return logits
+
+    def forward_on_device(
+        self,
+        cache: TreeCache,
+        tokens: Tensor,
+        positions: Tensor,
+        words: Tensor,
+        lengths: Tensor,
+        attended: int,
+    ) -> Tensor:
+        """Runs one pass over whole trees, all of N nodes, without a look at any number on the host.
+
+        It computes what `forward` does, and counts nothing in the cache: that is for the caller,
+        since what is recorded of a pass is repeated without this function.
+
+        Args:
+            cache: with room for N nodes behind its rows, and nothing pending.
+            tokens: ``[B, N]`` int64; this and what follows on the model's device.
+            positions: ``[B, N]`` int64, inside the model's table.
+            words: ``[B, N, W]`` int32 of `pack_ancestors`.
+            lengths: ``[B]`` int32 committed tokens.
+            attended: slots attended over, at least ``max(lengths) + N``.
+
+        Returns:
+            ``[B, N, V]`` logits in the model's dtype.
+        """
+        batch_size, nodes = tokens.shape
+        counts = torch.full((batch_size,), nodes, dtype=torch.int32, device=lengths.device)
+        behind = torch.arange(nodes, device=lengths.device)
+
+        def visibility(window: int | None) -> Tensor:
+            return visible_slots(words, lengths, counts, attended, window).unsqueeze(1)
+
+        masks = self._masks(visibility)
+        trees, attention = None, self.attention
+        if self.tree_attention is not None and nodes <= MAX_NODES:
+            attention = TREE[self.traits.attention]
+            trees = TreePass(words, lengths, counts, list(masks.values()), self.tree_attention)
+        with cache.writing_to(lengths.long().unsqueeze(1) + behind, attended):
+            return self._run(cache, tokens, positions, masks, attention, trees, None)
+
+    def within_table(self, positions: Tensor) -> Tensor:
+        """Returns positions that a learned table has; padding may stand past it, unseen."""
+        limit = self.traits.positions
+        if limit is not None and limit.kind == "learned":
+            return positions.clamp(max=limit.num_positions - 1)
+        return positions
+
+    def _run(
+        self,
+        cache: TreeCache,
+        tokens: Tensor,
+        positions: Tensor,
+        masks: dict[str, tuple[Tensor, int | None]],
+        attention: str | None,
+        trees: TreePass | None,
+        keep: Tensor | None,
+    ) -> Tensor:
+        """Calls the model with tensors on its device; returns logits as `forward` does."""
         arguments: dict[str, Any] = {}
         if keep is not None and self._keeps_logits:
-            arguments["logits_to_keep"] = keep.to(device)
-        masks = self._masks(cache, positions, ancestors)
-        # the kernel's queries are whole trees; what goes on with one, or a long prompt, is not
-        as_tree = ancestors is not None and new == ancestors.shape[2] <= MAX_NODES
-        attention = self.attention if ancestors is not None else None
-        if self.tree_attention is not None and ancestors is not None and as_tree:
-            attention = TREE[self.traits.attention]
-            arguments[ARGUMENT] = TreePass(
-                ancestors, cache.lengths, list(masks.values()), self.tree_attention
-            )
+            arguments["logits_to_keep"] = keep.to(tokens.device)
+        if trees is not None:
+            arguments[ARGUMENT] = trees
         with self._pass(attention):
             logits: Tensor = self.model(
-                input_ids=tokens.to(device),
+                input_ids=tokens,
                 attention_mask=self._as_argument(masks),
-                position_ids=positions[:, -new:].to(device),
+                position_ids=positions,
                 past_key_values=cache.hf_cache,
                 use_cache=True,
                 return_dict=True,
                 **arguments,
             ).logits
-        cache.end_pass()
         if keep is not None and not self._keeps_logits:
             logits = logits[:, keep.to(logits.device)]
         return logits
@@ -123,14 +204,16 @@ class TreeModel:
             yield
 
     def _masks(
-        self, cache: TreeCache, positions: Tensor, ancestors: Tensor | None
+        self, visibility: Callable[[int | None], Tensor]
     ) -> dict[str, tuple[Tensor, int | None]]:
-        """Returns the masks of a pass and their windows by kind of layer; none for a causal one."""
-        if ancestors is None:
-            return {}
+        """Returns the masks of a pass and their windows by kind of layer.
+
+        Args:
+            visibility: gives ``[B, 1, N, S]`` bool for a window.
+        """
 
         def mask(window: int | None) -> tuple[Tensor, int | None]:
-            visible = tree_visibility(cache.lengths, ancestors, positions, cache.visible, window)
+            visible = visibility(window)
             if self.traits.attention == "eager" or self.attention is not None:
                 visible = as_additive(visible, self.model.dtype)
             return visible.to(self.device), window

@@ -17,7 +17,7 @@ from specdec.errors import ConfigError, UnsupportedModelError
 from specdec.kernels.tree_mask import ancestor_matrix
 
 # largest error allowed, relative to the largest logit: rounding stays far below, a leak does not
-_TOLERANCE = {
+TOLERANCE = {
     torch.float64: 1e-9,
     torch.float32: 1e-4,
     torch.float16: 2e-2,
@@ -76,9 +76,9 @@ def probe(backend: TreeModel) -> None:
 
     def error_of_tree() -> float:
         logits = _tree_logits(backend, [a, b, c], [root, left, right, below], after)
-        return _relative_error(logits, expected)
+        return relative_error(logits, expected)
 
-    tolerance = _TOLERANCE.get(expected.dtype, 1e-1)
+    tolerance = TOLERANCE.get(expected.dtype, 1e-1)
     if backend.tree_attention is not None:
         try:
             error = error_of_tree()
@@ -132,6 +132,7 @@ def _layer_specs(cache: Any, name: str) -> list[LayerSpec]:
     return [LayerSpec.of(layer) for layer in layers]
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference of two tensors, relative to the largest of those expected."""
     scale = expected.double().abs().max().clamp(min=1e-30)
     return float((actual.double() - expected.double()).abs().max() / scale)

@@ -37,34 +37,51 @@ class TreePass:
     """What one pass over a batch of trees hands the attention of every layer.
 
     Args:
-        ancestors: ``[B, N, N]`` bool, which nodes of its row's tree each node sees, itself too.
-        lengths: committed tokens of each row, all before the tree.
+        words: ``[B, N, W]`` int32 of `pack_ancestors`.
+        lengths: ``[B]`` int32 committed tokens of each row, all before the tree.
+        nodes: ``[B]`` int32 nodes of each row's tree.
         windows: each mask that layers are given, and the sliding window it stands for.
         impl: of `tree_attention`.
     """
 
     def __init__(
         self,
+        words: Tensor,
+        lengths: Tensor,
+        nodes: Tensor,
+        windows: Sequence[tuple[Tensor, int | None]],
+        impl: str,
+    ) -> None:
+        self.impl = impl
+        self._given = (words, lengths, nodes)
+        self._windows = list(windows)
+        self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @classmethod
+    def of(
+        cls,
         ancestors: Tensor,
         lengths: Sequence[int],
         windows: Sequence[tuple[Tensor, int | None]],
         impl: str,
-    ) -> None:
+    ) -> TreePass:
+        """Returns the pass of trees given by ``[B, N, N]`` bool: whom each node sees, itself too.
+
+        Rows of smaller trees are filled up with nodes that see the prefix and themselves.
+        """
         batch_size, nodes, _ = ancestors.shape
-        self.impl = impl
-        self._host = (
+        return cls(
             pack_ancestors(ancestors.cpu()),
             torch.tensor(lengths, dtype=torch.int32),
-            # rows of smaller trees are filled up with nodes that see the prefix and themselves
             torch.full((batch_size,), nodes, dtype=torch.int32),
+            windows,
+            impl,
         )
-        self._windows = list(windows)
-        self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Returns words ``[B, N, W]``, lengths and nodes ``[B]`` there; copied once a device."""
         if device not in self._by_device:
-            words, lengths, nodes = (t.to(device, non_blocking=True) for t in self._host)
+            words, lengths, nodes = (t.to(device, non_blocking=True) for t in self._given)
             self._by_device[device] = (words, lengths, nodes)
         return self._by_device[device]
 

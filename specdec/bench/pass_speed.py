@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from specdec.backend.cache import TreeCache
+from specdec.backend.capture_check import captured_passes
+from specdec.backend.captured import WARM_UP_PASSES, CapturedPasses, bucket
 from specdec.backend.model import TreeModel
 from specdec.backend.probe import probed
+from specdec.backend.recorders import Recorder
 from specdec.bench.attention_speed import Timing
 from specdec.errors import ConfigError
 from specdec.kernels.tree_mask import ancestor_matrix
@@ -64,6 +68,8 @@ def time_passes(
     impls: Sequence[str | None],
     *,
     repeats: int,
+    captured: bool = False,
+    make_recorder: Callable[[], Recorder] | None = None,
 ) -> dict[tuple[str, int, int], Timing]:
     """Returns the seconds of a pass by attention, context and nodes of the tree, all in turns.
 
@@ -72,7 +78,14 @@ def time_passes(
         nodes: of a tree, the root included; 1 is a step of plain decoding.
         contexts: tokens before the tree.
         impls: of the tree attention; None for the model's own.
-        repeats: rounds that count; one more warms up.
+        repeats: rounds that count; one more warms up, or as many as recording takes.
+        captured: each attention once more, its passes repeated from recordings, the trees padded as
+            in a text.
+        make_recorder: see `captured_passes`.
+
+    Raises:
+        ConfigError: if they are to be captured and there is no GPU.
+        UnsupportedModelError: if the model's passes cannot be recorded.
     """
     runs: dict[tuple[str, int, int], Callable[[], float]] = {}
     for impl in impls:
@@ -82,11 +95,20 @@ def time_passes(
             cache = backend.new_cache(1, context + max(nodes))
             for count in nodes:
                 runs[name, context, count] = _pass(backend, cache, context, count)
+        if captured:
+            passes = captured_passes(backend, True, make_recorder)
+            assert passes is not None
+            cache = passes.new_cache(1, max(contexts) + bucket(max(nodes)))
+            for context in contexts:
+                for count in nodes:
+                    run = _pass(backend, cache, context, count, passes)
+                    runs[f"{name}, captured", context, count] = run
     seconds: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-    for repeat in range(repeats + 1):
+    warm_up = WARM_UP_PASSES if captured else 1
+    for repeat in range(repeats + warm_up):
         for key, run in runs.items():
             taken = run()
-            if repeat:
+            if repeat >= warm_up:
                 seconds[key].append(taken)
     found = {}
     for key, own in seconds.items():
@@ -95,16 +117,27 @@ def time_passes(
     return found
 
 
-def _pass(backend: TreeModel, cache: Any, context: int, nodes: int) -> Callable[[], float]:
-    ancestors = ancestor_matrix([-1, *((n - 1) // 2 for n in range(1, nodes))], nodes).unsqueeze(0)
-    tokens = torch.zeros(1, nodes, dtype=torch.int64)
+def _pass(
+    backend: TreeModel,
+    cache: TreeCache,
+    context: int,
+    nodes: int,
+    captured: CapturedPasses | None = None,
+) -> Callable[[], float]:
+    size = nodes if captured is None else bucket(nodes)
+    parents = [-1, *((n - 1) // 2 for n in range(1, nodes))]
+    ancestors = ancestor_matrix(parents, size).unsqueeze(0)
+    tokens = torch.zeros(1, size, dtype=torch.int64)
     positions = context + ancestors.sum(-1) - 1
 
     def run() -> float:
         cache.lengths[:] = [context]  # zeros, which cost what any other keys and values cost
         cache.drop_pending()
         begin = time.perf_counter()
-        logits = backend.forward(cache, tokens, positions, ancestors if nodes > 1 else None)
+        if captured is not None:
+            logits, _ = captured.run(cache, tokens, positions, ancestors)
+        else:
+            logits = backend.forward(cache, tokens, positions, ancestors if nodes > 1 else None)
         logits[0, 0, 0].item()  # waits for the device
         return time.perf_counter() - begin
 
