@@ -72,8 +72,8 @@ def _blocks_of(weight: Tensor, form: Form) -> Tensor | None:
     """Returns the blocks, made of some panels after the other: a form is found with little room."""
     some = max(1, _ENTRIES // (SIZE * weight.shape[1])) * SIZE
     parts = []
-    for rows in weight.split(some):
-        part = _MAKERS[form](rows)
+    for first in range(0, weight.shape[0], some):
+        part = _MAKERS[form](weight[first : first + some])
         if part is None:
             return None
         parts.append(part)
@@ -89,8 +89,8 @@ def from_blocks(blocks: BlockWeight) -> Tensor:
     elif blocks.form == Form.BFLOAT16:
         numbers = blocks.data.view(torch.bfloat16).view(shape).float()
     elif blocks.form == Form.INT8:
-        scale, rest = _head(blocks.data, 1)
-        numbers = rest.view(torch.int8).view(shape).float() * scale[0]
+        (scale,), rest = _head(blocks.data, 1)
+        numbers = rest.view(torch.int8).view(shape).float() * scale
     else:
         (scale, low), rest = _head(blocks.data, 2)
         pairs = rest.view(panels, count, SIZE // 2, 1, SIZE)

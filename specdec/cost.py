@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class PassCost:
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
     seconds: tuple[tuple[float, ...], ...]
+    _curves: list[np.ndarray] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shapes = [len(of_context) for of_context in self.seconds]
@@ -63,6 +64,9 @@ class PassCost:
             raise ConfigError("rows and contexts of a cost table must ascend")
         if not all(second > 0 for of_context in self.seconds for second in of_context):
             raise ConfigError("the seconds of a cost table must be positive")
+        # fewer nodes never cost more: whatever disturbed a measurement has made it longer
+        curves = [np.minimum.accumulate(own[::-1])[::-1] for own in self.seconds]
+        object.__setattr__(self, "_curves", curves)
 
     def of(self, rows: np.ndarray, context: float) -> np.ndarray:
         """Returns seconds for numbers of nodes, linear between and beyond the measured points.
@@ -80,8 +84,7 @@ class PassCost:
         return costs
 
     def _of_context(self, rows: np.ndarray, index: int) -> np.ndarray:
-        # fewer nodes never cost more either: whatever disturbed a measurement has made it longer
-        seconds = np.minimum.accumulate(self.seconds[index][::-1])[::-1]
+        seconds = self._curves[index]
         costs: np.ndarray = np.interp(rows, self.rows, seconds)
         if len(self.rows) > 1:
             slope = (seconds[-1] - seconds[-2]) / (self.rows[-1] - self.rows[-2])
@@ -116,7 +119,13 @@ class PassCost:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        table = {"version": _VERSION, **asdict(self), **facts}
+        table = {
+            "version": _VERSION,
+            "rows": self.rows,
+            "contexts": self.contexts,
+            "seconds": self.seconds,
+            **facts,
+        }
         try:
             partial.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
             partial.replace(path)

@@ -6,6 +6,7 @@ price of starting one: a tenth of a pass of a small model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from specdec.kernels.rms_norm import rms_norm, why_not_native
+
+StandIn = tuple[nn.Module, Callable[..., Tensor]]  # and what runs in place of its `forward`
 
 _OFFSETS = (0.0, 1.0)  # Gemma's weights count from one
 _TOLERANCE = 2e-6  # relative to the largest entry: float32 in another order of sums
@@ -24,27 +27,20 @@ class NativeNorm:
     """A norm whose `forward` is one call of `specdec.kernels.rms_norm`."""
 
     module: nn.Module
-    weight: nn.Parameter
     eps: float
     offset: float
 
-    def install(self) -> None:
-        """Replaces the module's `forward`."""
-        own = self.module.forward
-        self.module.__dict__["forward"] = partial(self._forward, own)
+    def stand_in(self) -> StandIn:
+        """Returns the module and what runs in place of its `forward`."""
+        return self.module, partial(self._forward, self.module.forward)
 
-    def remove(self) -> None:
-        """Gives the module its own `forward` back."""
-        placed = self.module.__dict__.get("forward")
-        if isinstance(placed, partial) and getattr(placed.func, "__self__", None) is self:
-            del self.module.__dict__["forward"]
-
-    def _forward(self, own: partial[Tensor], rows: Tensor) -> Tensor:
-        # a weight may have been replaced, moved or cast since
-        weight = self.weight if self.module._parameters["weight"] is self.weight else None
-        plain = rows.dtype == torch.float32 and rows.device.type == "cpu"
-        if weight is None or weight.dtype != torch.float32 or not plain or torch.is_grad_enabled():
+    def _forward(self, own: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        # the weight may have been replaced or cast since
+        weight = self.module._parameters["weight"]
+        plain = weight is not None and weight.dtype == rows.dtype == torch.float32
+        if not plain or rows.device.type != "cpu" or torch.is_grad_enabled():
             return own(rows)
+        assert weight is not None
         return rms_norm(rows, weight, eps=self.eps, offset=self.offset)
 
 
@@ -89,5 +85,5 @@ def _matching(module: nn.Module) -> NativeNorm | None:
         if got.shape == expected.shape and got.dtype == expected.dtype:
             bound = _TOLERANCE * expected.abs().amax()
             if bool(((got - expected).abs() <= bound).all()):
-                return NativeNorm(module, weight, eps, offset)
+                return NativeNorm(module, eps, offset)
     return None

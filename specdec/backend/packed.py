@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from specdec.backend.linear_formats import FORMATS, PackedWeight, reason_against
-from specdec.backend.norms import native_norms
+from specdec.backend.norms import StandIn, native_norms
 from specdec.backend.shared_inputs import shared_inputs
 from specdec.errors import ConfigError
 
@@ -57,6 +57,8 @@ class PackedLinears:
         self._groups = [group for group in joined if group.num_entries >= _SMALLEST]
         self._norms = native_norms(model)
         self._chosen: dict[tuple[int, int], str | None] = {}
+        self._stand_ins: list[StandIn] = []
+        self._placed: list[StandIn] = []
         self.refresh()
 
     @property
@@ -81,6 +83,9 @@ class PackedLinears:
             self._chosen[shape] = _fastest(alike) if self.form == "auto" else self.form
         for group in stale:
             group.pack(self._chosen[group.shape])
+        if stale or not self._stand_ins:
+            of_groups = [own for group in self._groups for own in group.stand_ins()]
+            self._stand_ins = of_groups + [norm.stand_in() for norm in self._norms]
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -91,16 +96,20 @@ class PackedLinears:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                for part in (*self._groups, *self._norms):
-                    part.install()
+                self._placed = self._stand_ins
+                for module, forward in self._placed:
+                    module.__dict__["forward"] = forward
         try:
             yield
         finally:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    for part in (*self._groups, *self._norms):
-                        part.remove()
+                    for module, forward in self._placed:
+                        if module.__dict__.get("forward") is forward:
+                            del module.__dict__["forward"]
+                    for group in self._groups:
+                        group.forget()
 
 
 _known: WeakKeyDictionary[nn.Module, ref[PackedLinears]] = WeakKeyDictionary()
@@ -187,24 +196,18 @@ class _Group:
             packed = FORMATS[form](weight, bias)
             self.packed = packed if packed is not None and _agrees(packed, weight, bias) else None
 
-    def install(self) -> None:
-        """Replaces the `forward` of the layers."""
+    def stand_ins(self) -> list[StandIn]:
+        """Returns what runs in place of the layers' `forward`; nothing if they stay as they are."""
         if self.packed is None:
-            return
+            return []
         first, *others = self.members
         if not others:
-            first.__dict__["forward"] = partial(self._alone, first)
-            return
-        first.__dict__["forward"] = partial(self._first, first)
-        for place, member in enumerate(others, start=1):
-            member.__dict__["forward"] = partial(self._later, member, place)
+            return [(first, partial(self._alone, first))]
+        later = [(m, partial(self._later, m, place)) for place, m in enumerate(others, start=1)]
+        return [(first, partial(self._first, first)), *later]
 
-    def remove(self) -> None:
-        """Gives the layers their own `forward` back."""
-        for member in self.members:
-            own = member.__dict__.get("forward")
-            if isinstance(own, partial) and getattr(own.func, "__self__", None) is self:
-                del member.__dict__["forward"]
+    def forget(self) -> None:
+        """Drops the tensors of a pass that ended before all layers were called."""
         self._input, self._outputs = None, ()
 
     def _alone(self, member: nn.Linear, rows: Tensor) -> Tensor:
