@@ -138,10 +138,13 @@ def _as_int8(weight: Tensor) -> Tensor | None:
         return None
     grouped = weight.view(weight.shape[0], -1, SIZE)
     top = grouped.abs().amax(dim=2, keepdim=True)
+    # where integers were multiplied with a negative scale, zeros have a sign
+    minus = ((grouped == 0) & torch.signbit(grouped)).any(dim=2, keepdim=True)
+    sign = torch.where(minus, -1.0, 1.0)
     integers, scale = torch.zeros_like(grouped), torch.zeros_like(top)
     missing = torch.ones_like(top, dtype=torch.bool)
     for largest in _LARGEST:
-        tried = _float16(top / largest)
+        tried = _float16(top / largest) * sign
         q = _divided(grouped, tried)
         fits = missing & (q.abs().amax(2, keepdim=True) <= 127)
         fits &= (q * tried == grouped).all(2, keepdim=True)
@@ -184,7 +187,7 @@ def _heads(values: Tensor) -> Tensor:
 
 
 def _divided(numbers: Tensor, scale: Tensor) -> Tensor:
-    quotients = torch.where(scale > 0, torch.round(numbers / scale), 0.0)
+    quotients = torch.where(scale != 0, torch.round(numbers / scale), 0.0)
     return quotients + 0.0  # an integer zero has no sign
 
 
