@@ -47,6 +47,7 @@ _SMALL = {
     "tabulate_acceptance model": "--model model --max-new-tokens 4 --limit 2 --budgets 4 "
     "--temperatures 0 --pairs best_first/coupled",
     "bench_trees": "--nodes 8 --vocab-size 64 --repeats 1 --policies top_n",
+    "bench_layouts": "--rows 1 3 --context 8 --repeats 1",
     "bench_kernels --out": _ONE_LAYER,
     "bench_kernels --contexts": _ONE_LAYER,
     "bench_kernels --passes": "--passes tiny --contexts 16 --repeats 1",

@@ -103,8 +103,46 @@ def time_passes(
                 for count in nodes:
                     run = _pass(backend, cache, context, count, passes)
                     runs[f"{name}, captured", context, count] = run
+    return _timed(runs, repeats, WARM_UP_PASSES if captured else 1)
+
+
+@torch.inference_mode()
+def time_layouts(
+    model: Any,
+    nodes: Sequence[int],
+    contexts: Sequence[int],
+    layouts: Sequence[str | None],
+    *,
+    repeats: int,
+) -> dict[tuple[str, int, int], Timing]:
+    """Returns the seconds of a pass by layout of the weights, context and nodes, all in turns.
+
+    Args:
+        model: of float32 on a CPU.
+        nodes: of a tree, the root included; 1 is a step of plain decoding.
+        contexts: tokens before the tree.
+        layouts: of `packed_weights`; None for the model's own layers.
+        repeats: rounds that count; one more warms up.
+
+    Raises:
+        ConfigError: for a layout that cannot be had here.
+    """
+    runs: dict[tuple[str, int, int], Callable[[], float]] = {}
+    for layout in layouts:
+        backend = probed(model, packed_weights=layout)
+        name = "the model's own" if backend.packed is None else ", ".join(backend.packed.formats)
+        for context in contexts:
+            cache = backend.new_cache(1, context + max(nodes))
+            for count in nodes:
+                runs[name, context, count] = _pass(backend, cache, context, count)
+    return _timed(runs, repeats, 1)
+
+
+def _timed(
+    runs: dict[tuple[str, int, int], Callable[[], float]], repeats: int, warm_up: int
+) -> dict[tuple[str, int, int], Timing]:
+    """Returns medians and quantiles of runs that are made in turns."""
     seconds: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-    warm_up = WARM_UP_PASSES if captured else 1
     for repeat in range(repeats + warm_up):
         for key, run in runs.items():
             taken = run()
