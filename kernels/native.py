@@ -14,20 +14,23 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 from specdec.cache_dir import default_cache_dir
 
 _LOG = logging.getLogger(__name__)
 
-_FLAGS = (
+_COMPILED = (
     "-O3",
     "-march=native",
     "-std=gnu11",
     "-fno-strict-aliasing",  # blocks hold numbers of several types
     "-fopenmp",
-    "-shared",
     "-fPIC",
+    "-c",
 )
-_OPENMP = "libgomp.so.1"  # what gcc's -fopenmp links, and torch's wheels for Linux bring along
+_LINKED = ("-shared", "-Wl,-z,defs", "-lm")
+_MAPS = Path("/proc/self/maps")
 _SECONDS = 120.0
 
 
@@ -47,54 +50,67 @@ def library(source: Path, folder: Path | None = None) -> ctypes.CDLL:
         folder: where libraries are kept; made if it is missing. None for the user's cache folder.
 
     Raises:
-        NativeError: if there is no compiler, it fails, or torch runs its threads by another OpenMP,
-            beside which a second one would fight for the same cores.
+        NativeError: if there is no compiler, it fails, or torch does not run its threads by gcc's
+            OpenMP, beside which that would be a second one and fight for the same cores.
     """
-    _require_torchs_openmp()
+    openmp = _torchs_openmp()
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if not compiler or shutil.which(compiler[0]) is None:
         raise NativeError("no C compiler is installed (cc, or what the variable CC names)")
     code = source.read_bytes()
-    facts = [hashlib.sha256(code).hexdigest(), *compiler, *_FLAGS, _version(compiler), _processor()]
+    flags = [*compiler, *_COMPILED, *_LINKED, openmp.name]
+    facts = [hashlib.sha256(code).hexdigest(), *flags, _version(compiler), _processor()]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
     built = (folder or default_cache_dir() / "native") / f"{source.stem}-{digest}.so"
     if not built.exists():
-        _compile(compiler, source, built)
+        _compile(compiler, source, openmp, built)
     try:
         return ctypes.CDLL(str(built))
     except OSError as error:
         raise NativeError(f"{built} cannot be loaded ({error}); delete it") from error
 
 
-def _require_torchs_openmp() -> None:
-    # torch has been imported by now; on its wheels this is the copy that came with it
+def _torchs_openmp() -> Path:
+    """Returns the copy of gcc's OpenMP that torch has loaded: wheels bring one, often renamed."""
     try:
-        ctypes.CDLL(_OPENMP, mode=os.RTLD_NOLOAD)
-    except (OSError, AttributeError) as error:
-        raise NativeError(f"torch does not run its threads by {_OPENMP} here") from error
+        lines = _MAPS.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise NativeError(
+            "which OpenMP torch runs its threads by can only be seen on Linux"
+        ) from error
+    loaded = {Path(line.split(maxsplit=5)[5]) for line in lines if "/libgomp" in line}
+    packages = Path(torch.__file__).parents[1]
+    # other packages bring copies as well
+    own = [path for path in loaded if path.is_relative_to(packages / "torch")]
+    own = own or [path for path in loaded if path.is_relative_to(packages / "torch.libs")]
+    for path in own or loaded:
+        if own or len(loaded) == 1:
+            return path
+    raise NativeError(
+        f"torch does not run its threads by gcc's OpenMP here (loaded: {loaded or 0})"
+    )
 
 
-def _compile(compiler: list[str], source: Path, built: Path) -> None:
+def _compile(compiler: list[str], source: Path, openmp: Path, built: Path) -> None:
     """Compiles beside the place and moves: another process never sees half a library."""
     _LOG.info("compiling %s for this processor, once: %s", source.name, built)
     try:
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as room:
-            made = Path(room) / built.name
-            subprocess.run(
-                [*compiler, *_FLAGS, str(source), "-o", str(made)],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=_SECONDS,
-            )
-            made.replace(built)
+            made, linked = Path(room) / "made.o", Path(room) / built.name
+            _run([*compiler, *_COMPILED, str(source), "-o", str(made)])
+            _run([*compiler, str(made), str(openmp), *_LINKED, "-o", str(linked)])
+            linked.replace(built)
     except subprocess.CalledProcessError as error:
         raise NativeError(
             f"{compiler[0]} does not compile {source.name}: {error.stderr}"
         ) from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeError(f"{source.name} cannot be compiled: {error}") from error
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
 
 
 def _version(compiler: list[str]) -> str:

@@ -35,7 +35,9 @@ def main() -> None:
         model, arguments.rows, [arguments.context], layouts, repeats=arguments.repeats
     )
     title = f"ms a pass, {arguments.context} tokens before it, medians of {arguments.repeats}"
-    table = Table(title=title, caption=f"{hardware()['processor']}, {torch.get_num_threads()} threads")
+    table = Table(
+        title=title, caption=f"{hardware()['processor']}, {torch.get_num_threads()} threads"
+    )
     table.add_column("weights in", no_wrap=True)
     for rows in arguments.rows:
         table.add_column(f"{rows} row{'s' * (rows > 1)}", justify="right")

@@ -91,6 +91,7 @@ def measure_synthetic(arguments: argparse.Namespace) -> Measure:
 
 def measure_model(arguments: argparse.Namespace) -> Measure:
     """Returns what measures a cell on a model."""
+    from specdec.backend.packed import packed_linears
     from specdec.drafters import EarlyExit
     from specdec.pretrained import load_model
     from specdec.prompts import encode, read_prompts, spread_over_categories
@@ -100,13 +101,24 @@ def measure_model(arguments: argparse.Namespace) -> Measure:
     drafter = arguments.drafter
     if arguments.draft_layers:
         drafter = EarlyExit(arguments.draft_layers)
-    return partial(
-        model_cell,
-        model=model,
-        drafter=drafter,
-        prompts=[encode(tokenizer, prompt) for prompt in prompts],
-        max_new_tokens=arguments.max_new_tokens,
-    )
+    ids = [encode(tokenizer, prompt) for prompt in prompts]
+    packed = packed_linears(model)
+
+    def measure(policy: str, verifier: str, temperature: float, node_budget: int) -> Cell:
+        # held by this function, or every cell would pack the weights anew
+        assert packed is None or packed is packed_linears(model)
+        return model_cell(
+            policy,
+            verifier,
+            temperature,
+            node_budget,
+            model=model,
+            drafter=drafter,
+            prompts=ids,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+
+    return measure
 
 
 def read_cells(path: Path) -> list[Cell]:

@@ -165,6 +165,26 @@ def test_a_damaged_library_says_which(tmp_path: Path) -> None:
 
 
 def test_another_openmp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_OPENMP", "libno-such-openmp.so.1")
-    with pytest.raises(NativeError, match="torch does not run its threads by"):
+    maps = tmp_path / "maps"
+    monkeypatch.setattr(native, "_MAPS", maps)
+    with pytest.raises(NativeError, match="can only be seen on Linux"):
         library(SOURCE, tmp_path / "never")
+    maps.write_text("7f00-7f01 r-xp 00000000 00:01 77   /opt/torch/lib/libiomp5.so\n")
+    with pytest.raises(NativeError, match=r"does not run its threads by gcc's OpenMP"):
+        library(SOURCE, tmp_path / "never")
+    line = "7f00-7f01 r-xp 00000000 00:01 77   {}\n"
+    maps.write_text(line.format("/a/libgomp.so.1") + line.format("/b/libgomp-1.so"))
+    with pytest.raises(NativeError, match=r"loaded: .*/libgomp"):
+        library(SOURCE, tmp_path / "never")
+
+
+def test_torchs_own_openmp_is_told_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = Path(torch.__file__).parents[1]
+    renamed = packages / "torch.libs" / "libgomp-24e2ab19.so.1.0.0"
+    others = ["/usr/lib/libgomp.so.1", packages / "scikit_learn.libs/libgomp-9.so", renamed]
+    maps = tmp_path / "maps"
+    maps.write_text("".join(f"7f00-7f01 r-xp 00000000 00:01 77   {path}\n" for path in others))
+    monkeypatch.setattr(native, "_MAPS", maps)
+    assert native._torchs_openmp() == renamed
