@@ -86,9 +86,8 @@ def _torchs_openmp() -> Path:
     for path in own or loaded:
         if own or len(loaded) == 1:
             return path
-    raise NativeError(
-        f"torch does not run its threads by gcc's OpenMP here (loaded: {loaded or 0})"
-    )
+    copies = ", ".join(sorted(map(str, loaded))) or "none"
+    raise NativeError(f"torch does not run its threads by gcc's OpenMP here (loaded: {copies})")
 
 
 def _compile(compiler: list[str], source: Path, openmp: Path, built: Path) -> None:
