@@ -53,6 +53,10 @@ class Calibration:
             falling.append(least)
         return falling
 
+    def most(self, share_bits: Sequence[int]) -> float:
+        """Returns the largest of `chances`."""
+        return min(self._chances[0][_BUCKETS[share_bits[0]]], 1.0) if share_bits else 0.0
+
     def record(self, rank: int, share_bits: int, hit: bool) -> None:
         """Counts a guess whose true token has become known."""
         bucket = _BUCKETS[share_bits]

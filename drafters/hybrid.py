@@ -61,6 +61,7 @@ class Hybrid(LearningDrafter):
         self.needs = self._united_needs()
         self._weights: np.ndarray
         self._outcomes: np.ndarray
+        self._weights_of: dict[tuple[int, ...], list[float]]  # the weights by class, as lists
         self._forget()
         self._laws: dict[int, _MixedLaw] = {}
 
@@ -116,8 +117,9 @@ class Hybrid(LearningDrafter):
             handles = outcome.tree.handles
             if law is not None and handles is not None:
                 for node, token in zip([0, *outcome.path], outcome.emitted, strict=False):
-                    if handles[node] in law.mixtures:
-                        self._learn(law.mixtures[handles[node]], token)
+                    mixture = law.mixture(handles[node])
+                    if mixture is not None:
+                        self._learn(mixture, token)
         for source in self.sources:
             source.observe(
                 [
@@ -166,21 +168,28 @@ class Hybrid(LearningDrafter):
                 source.restore(before[source.name])
             raise
         self._weights, self._outcomes = weights, outcomes
+        self._weights_of = {}
 
     def mix(self, rows: Sequence[Guesses]) -> _Mixture:
         """Returns the mixture of what the sources guess at one node."""
-        classes = tuple([_class_of(row) for row in rows])
-        weights = self._weights[classes].tolist()
+        # 0 where a source has no row, else 1 + the class of its first chance
+        classes = tuple(
+            [1 + bisect_left(_CLASSES, chances[0]) if chances else 0 for _, chances in rows]
+        )
+        weights = self._weights_of.get(classes)
+        if weights is None:
+            weights = self._weights_of[classes] = self._weights[classes].tolist()
         mixed: dict[int, float] = {}
         for weight, (tokens, chances) in zip(weights, rows, strict=True):
             own = zip(tokens[:_SHORTLIST], chances, strict=False)
             if mixed:
+                known = mixed.get
                 for token, chance in own:
-                    mixed[token] = mixed.get(token, 0.0) + weight * chance
+                    mixed[token] = known(token, 0.0) + weight * chance
             else:
                 mixed = {token: weight * chance for token, chance in own}
         ranked = sorted(mixed, key=mixed.__getitem__, reverse=True)
-        guesses = Guesses(ranked, [mixed[token] for token in ranked])
+        guesses = Guesses(ranked, list(map(mixed.__getitem__, ranked)))
         return _Mixture(guesses, rows, weights, classes)
 
     def _learn(self, mixture: _Mixture, token: int) -> None:
@@ -192,6 +201,7 @@ class Hybrid(LearningDrafter):
         self._outcomes[place] += 1
         rate = max(_SLOWEST_RATE, 1 / (self._outcomes[place] + _PRIOR_OUTCOMES))
         self._weights[place] += rate * (shares / shares.sum() - self._weights[place])
+        self._weights_of.pop(place, None)
 
     def _united_needs(self) -> DrafterNeeds:
         needs = [source.needs for source in self.sources]
@@ -227,6 +237,7 @@ class Hybrid(LearningDrafter):
         shape = (len(_CLASSES) + 2,) * count
         self._weights = np.full((*shape, count), 1.0 / count)
         self._outcomes = np.zeros(shape)
+        self._weights_of = {}
 
 
 class _Mixture(NamedTuple):
@@ -244,19 +255,24 @@ class _MixedLaw:
     def __init__(self, drafter: Hybrid, laws: Sequence[DraftLaw]) -> None:
         self._drafter = drafter
         self.laws = laws
+        self._extends = [law.extend for law in laws]
         self._handles = [[0] * len(laws)]
         self.mixtures: dict[int, _Mixture] = {}
 
     def extend(self, parent: int, token: int) -> int:
         parents = self._handles[parent]
         self._handles.append(
-            [law.extend(own, token) for law, own in zip(self.laws, parents, strict=True)]
+            [extend(own, token) for extend, own in zip(self._extends, parents, strict=True)]
         )
         return len(self._handles) - 1
 
     def of_source(self, index: int, handles: Sequence[int]) -> list[int]:
         """Returns what a source calls these handles."""
         return [self._handles[handle][index] for handle in handles]
+
+    def mixture(self, handle: int) -> _Mixture | None:
+        """Returns what the law said at a handle; None if it was not asked."""
+        return self.mixtures.get(handle)
 
     def rows(self, handles: Sequence[int]) -> LawRows:
         own = [law.rows(self.of_source(i, handles)) for i, law in enumerate(self.laws)]
@@ -278,15 +294,21 @@ class _ListedMixture(_MixedLaw):
         self._listed = laws
 
     def guesses(self, handle: int) -> Guesses:
+        return self.mixture(handle).guesses
+
+    def mixture(self, handle: int) -> _Mixture:
+        """Returns what the law says at a handle, also where no tree needed to know."""
+        mixture = self.mixtures.get(handle)
+        if mixture is None:
+            own = self._handles[handle]
+            rows = [law.guesses(place) for law, place in zip(self._listed, own, strict=True)]
+            mixture = self.mixtures[handle] = self._drafter.mix(rows)
+        return mixture
+
+    def bound(self, handle: int) -> float:
+        """Returns the largest bound of the sources: no mixture is surer than the surest of them."""
         own = self._handles[handle]
-        rows = [law.guesses(place) for law, place in zip(self._listed, own, strict=True)]
-        mixture = self.mixtures[handle] = self._drafter.mix(rows)
-        return mixture.guesses
-
-
-def _class_of(row: Guesses) -> int:
-    """Returns 0 where a source has no row, else 1 + the class of its first chance."""
-    return 1 + bisect_left(_CLASSES, row.chances[0]) if row.tokens else 0
+        return max([law.bound(place) for law, place in zip(self._listed, own, strict=True)])
 
 
 def _chance_of(token: int, row: Guesses) -> float:

@@ -15,7 +15,10 @@ NOTHING = Guesses((), ())
 
 
 class ListedLaw:
-    """The base of laws that answer in plain lists; subclasses give `extend` and `guesses`."""
+    """The base of laws that answer in plain lists.
+
+    Subclasses give `extend` and `guesses`, and `bound` where they know it for less.
+    """
 
     def extend(self, parent: int, token: int) -> int:
         """Returns a new handle for `parent` followed by `token`."""
@@ -24,6 +27,10 @@ class ListedLaw:
     def guesses(self, handle: int) -> Guesses:
         """Returns what may follow a handle."""
         raise NotImplementedError
+
+    def bound(self, handle: int) -> float:
+        """Returns what no chance among a handle's guesses exceeds."""
+        return 1.0
 
     def rows(self, handles: Sequence[int]) -> LawRows:
         """Returns what may follow each handle, for policies that go level by level."""

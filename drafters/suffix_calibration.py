@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -32,11 +33,12 @@ class SuffixCalibration:
     A cell is (source, match length, share, latest): whether the match is in this row's text or
     in an earlier one; its length in tokens; count / (total + 1) of the token among what
     followed the match, which grows with the evidence too (1 of 1 is a half, 3 of 3 three quarters);
-    and whether the token is what followed last. Cells are plain lists, since a guess looks up one.
+    and whether the token is what followed last. Cells are no numpy arrays, since a guess looks up
+    one.
 
     Attributes:
         shape: of the tables: sources, length buckets, share buckets, latest or not.
-        chances: hits by trials of each cell.
+        chances: hits by trials of each cell; an array, since every law takes a copy.
     """
 
     shape = (_SOURCES, _LENGTHS, _SHARES, 2)
@@ -59,7 +61,7 @@ class SuffixCalibration:
     def _set(self, hits: np.ndarray, trials: np.ndarray) -> None:
         self._hits: list[float] = hits.ravel().tolist()
         self._trials: list[float] = trials.ravel().tolist()
-        self.chances: list[float] = (hits / trials).ravel().tolist()
+        self.chances = array("d", (hits / trials).ravel())
 
     @staticmethod
     def cells(

@@ -31,15 +31,13 @@ class _Guesses(NamedTuple):
     """What may follow a match.
 
     Attributes:
-        tokens: from likely to unlikely.
-        chances: of `tokens`.
+        ranked: from likely to unlikely.
         found: all guesses, as they were found.
         rest: chance that none of them is right; 0 where the commonest tokens are not asked.
         complete: whether the commonest tokens are among them, if they are asked at all.
     """
 
-    tokens: list[int]
-    chances: list[float]
+    ranked: Guesses
     found: dict[int, Found]
     rest: float
     complete: bool
@@ -63,12 +61,14 @@ class SuffixLaw(ListedLaw):
         max_successors: int,
     ) -> None:
         self._sources = sources
-        self._calibration_chances = list(calibration.chances)
+        self._automata = [automaton for automaton, _ in sources]
+        self._calibration_chances = calibration.chances[:]
         self._max_contexts = max_contexts
         self._max_successors = max_successors
         self._matches = [matches]
         self._paths = [1.0]  # the chance of each handle's path
         self._known: dict[tuple[Match, ...], _Guesses] = {}
+        self._bounded: dict[int, Guesses] = {}  # what a bound was taken from, by handle
         # the same behind every node, so they are ranked once
         common: dict[int, Found] = {}
         self._ask([(0, 0, 0, source) for source in sources[:2]], common, 1.0, rank=max_contexts)
@@ -80,27 +80,35 @@ class SuffixLaw(ListedLaw):
         matches = self._matches[parent]
         guesses = self._known.get(matches)
         path = self._paths[parent]
-        if guesses is not None and token in guesses.tokens:
-            longer = path * guesses.chances[guesses.tokens.index(token)]
+        guess = guesses.found.get(token) if guesses is not None else None
+        if guess is not None:
+            longer = path * guess[0]
             if longer >= _LEAST_CHANCE:  # it stands in the node's row
                 path = longer
         self._paths.append(path)
-        self._matches.append(
-            tuple(
-                [
-                    source[0].advance(*match, token)
-                    for source, match in zip(self._sources, matches, strict=True)
-                ]
-            )
-        )
+        advanced = [
+            automaton.advance(state, length, token)
+            for automaton, (state, length) in zip(self._automata, matches, strict=True)
+        ]
+        self._matches.append(tuple(advanced))
         return len(self._matches) - 1
 
     def guesses(self, handle: int) -> Guesses:
         """Returns the chances of what may follow; paths that are hardly likely are left out."""
+        bounded = self._bounded.pop(handle, None)
+        if bounded is not None:
+            return bounded
         least = _LEAST_CHANCE / self._paths[handle]
-        guesses = self._guesses(handle, least)
-        count = bisect_right(guesses.chances, -least, key=neg)
-        return Guesses(guesses.tokens[:count], guesses.chances[:count])
+        ranked = self._guesses(handle, least).ranked
+        if not ranked.tokens or ranked.chances[-1] >= least:
+            return ranked
+        count = bisect_right(ranked.chances, -least, key=neg)
+        return Guesses(ranked.tokens[:count], ranked.chances[:count])
+
+    def bound(self, handle: int) -> float:
+        """Returns the largest chance."""
+        bounded = self._bounded[handle] = self.guesses(handle)
+        return bounded.chances[0] if bounded.chances else 0.0
 
     def record(self, handle: int, token: int, calibration: SuffixCalibration) -> None:
         """Counts the guesses at a handle, whose true successor has become known.
@@ -180,8 +188,7 @@ class SuffixLaw(ListedLaw):
 def _sorted(found: dict[int, Found], rest: float, *, complete: bool) -> _Guesses:
     best = sorted(found.values(), key=itemgetter(0), reverse=True)[:_MAX_GUESSES]
     return _Guesses(
-        [guess[1] for guess in best],
-        [guess[0] for guess in best],
+        Guesses([guess[1] for guess in best], [guess[0] for guess in best]),
         found,
         rest,
         complete or rest == 0.0,

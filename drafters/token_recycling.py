@@ -12,6 +12,7 @@ from specdec.drafters.calibration import Calibration
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import ListedLaw, at_most_certain
 from specdec.drafters.scored_nodes import ScoredNodes
+from specdec.drafters.slot_reader import SlotReader
 from specdec.errors import ConfigError, StateError
 from specdec.types import (
     DraftContext,
@@ -52,8 +53,7 @@ class TokenRecycling(LearningDrafter):
             raise ConfigError(f"num_successors must be at least 1, got {num_successors}")
         self._k = num_successors
         self.needs = DrafterNeeds(prompt_top_k=num_successors if prompt_rows else 0)
-        self._successors = np.zeros((0, num_successors), dtype=np.int32)
-        self._log_shares = np.zeros((0, num_successors), dtype=np.float16)
+        self._make_matrix(0)
         self._calibration = Calibration(num_successors)
 
     def attach(self, target: TargetInfo) -> None:
@@ -63,8 +63,7 @@ class TokenRecycling(LearningDrafter):
                 f"num_successors is {self._k}, but the vocabulary has {target.vocab_size} tokens"
             )
         if len(self._successors) == 0:
-            self._successors = np.full((target.vocab_size, self._k), -1, dtype=np.int32)
-            self._log_shares = np.full((target.vocab_size, self._k), -np.inf, dtype=np.float16)
+            self._make_matrix(target.vocab_size)
         elif len(self._successors) != target.vocab_size:
             raise ConfigError(
                 f"this token_recycling matrix was learned for {len(self._successors)} tokens, the "
@@ -87,15 +86,19 @@ class TokenRecycling(LearningDrafter):
 
     def guesses(self, token: int) -> Guesses:
         """Returns a token's row: ids, and the estimated chance that each is the next token."""
-        ids, share_bits = self._row(token)
+        ids, share_bits = self._reader.row(token)
         return Guesses(ids, at_most_certain(self._calibration.chances(share_bits)))
+
+    def most(self, token: int) -> float:
+        """Returns what no chance of `guesses` exceeds."""
+        return self._calibration.most(self._reader.row(token)[1])
 
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then recycles every node's logits."""
         scored = ScoredNodes.of(outcomes, self._k)
         visited = scored.tokens[scored.visited].tolist()
         for token, emitted in zip(visited, scored.emitted.tolist(), strict=True):
-            for rank, (guess, bits) in enumerate(zip(*self._row(token), strict=True)):
+            for rank, (guess, bits) in enumerate(zip(*self._reader.row(token), strict=True)):
                 self._calibration.record(rank, bits, guess == emitted)
         order = scored.order
         self._write(scored.tokens[order].tolist(), scored.ids[order], scored.logits[order])
@@ -124,15 +127,15 @@ class TokenRecycling(LearningDrafter):
             raise StateError("table 'successors' holds ids that are not in its vocabulary")
         log_shares = state.array("log_shares", successors.shape, np.float16)
         calibration = Calibration.restored(state, self._k)
-        self._successors, self._log_shares = successors, log_shares
+        self._make_matrix(len(successors))
+        self._successors[:], self._log_shares[:] = successors, log_shares
         self._calibration = calibration
 
-    def _row(self, token: int) -> tuple[list[int], list[int]]:
-        """Returns a token's successors, none if unknown, and the bits of their log-shares."""
-        ids = self._successors[token].tolist()
-        share_bits = self._log_shares[token].view(np.uint16).tolist()
-        count = ids.index(-1) if ids[-1] < 0 else len(ids)
-        return ids[:count], share_bits[:count]
+    def _make_matrix(self, vocab_size: int) -> None:
+        """Makes an empty matrix, and what reads its rows."""
+        self._successors = np.full((vocab_size, self._k), -1, dtype=np.int32)
+        self._log_shares = np.full((vocab_size, self._k), -np.inf, dtype=np.float16)
+        self._reader = SlotReader(self._successors, self._log_shares)
 
     def _write(self, tokens: list[int], ids: Tensor, logits: Tensor) -> None:
         last = {token: position for position, token in enumerate(tokens)}
@@ -154,8 +157,14 @@ class _MatrixLaw(ListedLaw):
         self._tokens.append(token)
         return len(self._tokens) - 1
 
+    def bound(self, handle: int) -> float:
+        token = self._tokens[handle]
+        known = self._known.get(token)
+        return self._drafter.most(token) if known is None else max(known.chances, default=0.0)
+
     def guesses(self, handle: int) -> Guesses:
         token = self._tokens[handle]
-        if token not in self._known:
-            self._known[token] = self._drafter.guesses(token)
-        return self._known[token]
+        known = self._known.get(token)
+        if known is None:
+            known = self._known[token] = self._drafter.guesses(token)
+        return known

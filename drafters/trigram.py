@@ -17,6 +17,7 @@ from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import NOTHING, ListedLaw, at_most_certain
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.drafters.scored_nodes import ScoredNodes
+from specdec.drafters.slot_reader import StoredRow
 from specdec.errors import ConfigError, StateError
 from specdec.types import (
     DraftContext,
@@ -32,7 +33,7 @@ from specdec.types import (
 # the last token's row names besides the pair's
 _SOURCES = ("pair", "single", "rest")
 _PAIR, _SINGLE, _REST = range(3)
-_Row = tuple[list[int], list[int]]  # tokens and the bits of their log-shares, best first
+SourcedRow = tuple[int, StoredRow]  # with the place of its source
 
 
 class Trigram(LearningDrafter):
@@ -159,21 +160,28 @@ class Trigram(LearningDrafter):
             first: `NO_TOKEN` where there is none.
             second: the last token.
         """
-        rows = [
-            (ids, self._calibrations[source].chances(bits))
-            for source, (ids, bits) in self._rows(first, second)
-        ]
+        return self.guesses_of(self.rows(first, second))
+
+    def guesses_of(self, rows: Sequence[SourcedRow]) -> Guesses:
+        """Returns the guesses that `rows` of a pair come to."""
         if not rows:
             return NOTHING
-        tokens, of_tokens = rows[0]
-        if len(rows) > 1:
-            chances = dict(zip(tokens, of_tokens, strict=True))
-            for token, chance in zip(*rows[1], strict=True):
-                if token not in chances:
-                    chances[token] = chance
-            tokens = sorted(chances, key=chances.__getitem__, reverse=True)
-            of_tokens = [chances[token] for token in tokens]
-        return Guesses(tokens, at_most_certain(of_tokens))
+        source, (tokens, share_bits) = rows[0]
+        chances = self._calibrations[source].chances(share_bits)
+        if len(rows) == 1:
+            return Guesses(tokens, at_most_certain(chances))
+        source, (others, share_bits) = rows[1]
+        of_token = dict(zip(tokens, chances, strict=True))
+        of_others = self._calibrations[source].chances(share_bits)
+        for token, chance in zip(others, of_others, strict=True):
+            if token not in of_token:
+                of_token[token] = chance
+        ranked = sorted(of_token, key=of_token.__getitem__, reverse=True)
+        return Guesses(ranked, at_most_certain(list(map(of_token.__getitem__, ranked))))
+
+    def most(self, rows: Sequence[SourcedRow]) -> float:
+        """Returns what no chance of `guesses_of` exceeds."""
+        return max([self._calibrations[source].most(bits) for source, (_, bits) in rows], default=0)
 
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then stores every node's logits."""
@@ -231,7 +239,7 @@ class Trigram(LearningDrafter):
         self._vocab_size = self._vocab_size or vocab_size
         self._calibrations = calibrations
 
-    def _rows(self, first: int, second: int) -> list[tuple[int, _Row]]:
+    def rows(self, first: int, second: int) -> list[SourcedRow]:
         """Returns what is stored behind two tokens, each row with its place in `_SOURCES`."""
         single = self._store.row(NO_TOKEN, second)
         # without a first token the pair is the single token itself, and counted as such
@@ -243,7 +251,7 @@ class Trigram(LearningDrafter):
     def _count(self, first: int, second: int, emitted: int) -> None:
         """Counts the guesses behind two tokens, now that the next one is known."""
         named: set[int] = set()
-        for source, (ids, share_bits) in self._rows(first, second):
+        for source, (ids, share_bits) in self.rows(first, second):
             calibration = self._calibrations[source]
             for rank, (token, bits) in enumerate(zip(ids, share_bits, strict=True)):
                 if token not in named:
@@ -268,14 +276,26 @@ class _PairLaw(ListedLaw):
     def __init__(self, drafter: Trigram, before: int, root: int) -> None:
         self._drafter = drafter
         self._pairs = [(before, root)]
-        self._known: dict[tuple[int, int], Guesses] = {}  # many branches come by the same pair
+        # many branches come by the same pair
+        self._rows: dict[tuple[int, int], list[SourcedRow]] = {}
+        self._known: dict[tuple[int, int], Guesses] = {}
 
     def extend(self, parent: int, token: int) -> int:
         self._pairs.append((self._pairs[parent][1], token))
         return len(self._pairs) - 1
 
+    def bound(self, handle: int) -> float:
+        return self._drafter.most(self._stored(self._pairs[handle]))
+
     def guesses(self, handle: int) -> Guesses:
         pair = self._pairs[handle]
-        if pair not in self._known:
-            self._known[pair] = self._drafter.guesses(*pair)
-        return self._known[pair]
+        known = self._known.get(pair)
+        if known is None:
+            known = self._known[pair] = self._drafter.guesses_of(self._stored(pair))
+        return known
+
+    def _stored(self, pair: tuple[int, int]) -> list[SourcedRow]:
+        rows = self._rows.get(pair)
+        if rows is None:
+            rows = self._rows[pair] = self._drafter.rows(*pair)
+        return rows

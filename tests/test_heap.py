@@ -45,6 +45,9 @@ class ListedToyLaw(ToyLaw):
         super().__init__(draft, prefix)
         self.asked: list[int] = []
 
+    def bound(self, handle: int) -> float:
+        return 1.0
+
     def guesses(self, handle: int) -> Guesses:
         self.asked.append(handle)
         chances = self._draft.log_probs(self._prefixes[handle]).exp().tolist()
@@ -96,6 +99,28 @@ def test_only_nodes_of_the_tree_are_looked_up_once_each() -> None:
     assert tree.num_drafted == 8
     assert set(law.asked) <= set(tree.handles)
     assert len(set(law.asked)) == len(law.asked)
+
+
+class Bounded(ListedToyLaw):
+    """Its bound is `slack` times the largest chance, at most 1."""
+
+    slack = 1.0
+
+    def bound(self, handle: int) -> float:
+        chances = self._draft.log_probs(self._prefixes[handle]).exp()
+        return min(self.slack * float(chances.max()), 1.0)
+
+
+@pytest.mark.parametrize("slack", [1.0, 1.3])
+def test_a_tighter_bound_makes_the_same_tree_of_fewer_looks(slack: float) -> None:
+    draft = ListedDraft(6, 1, sharpness=2.0)
+    loose, tight = draft.law(PREFIX), Bounded(draft, PREFIX)
+    tight.slack = slack
+    trees = [grown(BestFirst(), law, Budget(20, 16)) for law in (loose, tight)]
+    assert trees[0].token_list == trees[1].token_list
+    assert trees[0].parent_list == trees[1].parent_list
+    assert set(trees[1].parent_list[1:]) <= {trees[1].handles.index(h) for h in tight.asked}
+    assert len(tight.asked) < len(loose.asked)
 
 
 def test_of_equal_paths_the_shallower_comes_first() -> None:
@@ -203,6 +228,7 @@ def test_a_tables_law_says_the_same_in_rows(drafter: Drafter) -> None:
         (rows,) = drafter.expand([(other, [handles[node]])])
         own = law.guesses(tree.handles[node])
         count = len(own.tokens)
+        assert max(own.chances, default=0.0) <= other.bound(handles[node]) * (1 + 1e-9) <= 1 + 1e-9
         assert rows.ids is not None
         assert rows.ids[0].tolist() == (list(own.tokens) or [-1])
         found = rows.log_probs[0, :count].exp().tolist()
@@ -219,7 +245,7 @@ def test_a_hybrid_is_looked_up_only_where_all_its_sources_are() -> None:
 
 def test_a_law_that_merely_keeps_guesses_is_not_looked_up() -> None:
     law = ToyDraft(6, 1).law(PREFIX)
-    law.guesses = {(): 3}  # type: ignore[attr-defined]
+    law.guesses, law.bound = {(): 3}, 1.0  # type: ignore[attr-defined]
     assert grown(BestFirst(), law, Budget(5, 3), levels=True).num_drafted == 5
 
 

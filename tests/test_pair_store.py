@@ -67,7 +67,8 @@ def test_one_row_is_what_all_rows_are() -> None:
     assert {1, K} == {int((own >= 0).sum()) for own in every.ids[every.found]}
     for pair, own_ids, own_shares, found in zip(pairs.tolist(), *every, strict=True):
         named = own_ids >= 0
-        expected = own_ids[named].tolist(), own_shares[named].view(np.uint16).tolist()
+        bits = own_shares[named].view(np.uint16)
+        expected = tuple(own_ids[named].tolist()), tuple(bits.tolist())
         assert store.row(*pair) == (expected if found else None)
 
 

@@ -64,31 +64,30 @@ class _Grower:
         index, probability = drawn
         token = index if node.ids is None else node.ids[index]
         handle, slot = self.law.extend(node.handle, token), node.next_slot
-        # the slot is worth at least what is drawn from it; rounding must not say otherwise
-        path = min(node.path_value * probability, slot)
-        child = _Node(token, parent, handle, node.depth + 1, slot, path, path, probability)
-        self.nodes.append(child)
-        node.mass_left = max(node.mass_left - probability, 0.0)
-        node.next_slot = node.path_value * node.mass_left
-        return len(self.nodes) - 1
+        path = node.path_value * probability
+        if path > slot:  # it is worth at least what is drawn from it, but for rounding
+            path = slot
+        nodes = self.nodes
+        nodes.append(_Node(token, parent, handle, node.depth + 1, slot, path, path, probability))
+        left = node.mass_left - probability
+        node.mass_left = left = left if left > 0.0 else 0.0
+        node.next_slot = node.path_value * left
+        return len(nodes) - 1
 
     def tree(self, keep: list[int]) -> DraftTree:
         """Returns the tree of the nodes `keep`, ascending and closed under parents."""
-        builder = TreeBuilder(self.nodes[0].token)
-        places, laws = {0: 0}, {}
+        nodes = self.nodes
+        builder = TreeBuilder(nodes[0].token)
+        places, laws, add = {0: 0}, {}, builder.add
         for number in keep:
-            node = self.nodes[number]
-            if node.parent not in laws:
-                row = self.nodes[node.parent].row
+            node = nodes[number]
+            parent = node.parent
+            if parent not in laws:
+                row = nodes[parent].row
                 assert row is not None
-                laws[node.parent] = builder.add_law(*row)
-            places[number] = builder.add(
-                places[node.parent],
-                node.token,
-                node.handle,
-                Draw.WOR,
-                laws[node.parent],
-                node.chance,
+                laws[parent] = builder.add_law(*row)
+            places[number] = add(
+                places[parent], node.token, node.handle, Draw.WOR, laws[parent], node.chance
             )
         return builder.build()
 
@@ -181,35 +180,30 @@ def _grow_by_level(
     law: DraftLaw, root: Root, budget: Budget, random: RandomSource, floor: float
 ) -> GrowPlan:
     grower = _Grower(law, random, [_root(root)])
-    best: list[float] = []  # the `budget.nodes` largest slot values so far, a min-heap
+    nodes, draw = grower.nodes, grower.draw
+    # the `budget.nodes` largest slot values so far, a min-heap: a slot must be worth more than the
+    # least of them to be kept, and more than nothing while there are fewer
+    best = [0.0] * budget.nodes
     level = [0]
     for _ in range(budget.depth):
-        level = [n for n in level if _admits(best, grower.nodes[n].next_slot, budget.nodes, floor)]
+        level = [n for n in level if best[0] < nodes[n].next_slot >= floor]
         if not level:
             break
-        rows = yield [grower.nodes[number].handle for number in level]
+        rows = yield [nodes[number].handle for number in level]
         grower.open(level, rows)
         below = []
         # the most valuable slot first, so that the bound rises early and few draws are in vain
-        slots = [(-grower.nodes[number].next_slot, number) for number in level]
+        slots = [(-nodes[number].next_slot, number) for number in level]
         heapq.heapify(slots)
-        while slots and _admits(best, -slots[0][0], budget.nodes, floor):
+        while slots and best[0] < -slots[0][0] >= floor:
             value, number = slots[0]
-            child = grower.draw(number)
+            child = draw(number)
             if child is None:
                 heapq.heappop(slots)
                 continue
-            heapq.heapreplace(slots, (-grower.nodes[number].next_slot, number))
-            if len(best) < budget.nodes:
-                heapq.heappush(best, -value)
-            else:
-                heapq.heapreplace(best, -value)
+            heapq.heapreplace(slots, (-nodes[number].next_slot, number))
+            heapq.heapreplace(best, -value)
             below.append(child)
         level = below
-    ranked = sorted(range(1, len(grower.nodes)), key=lambda n: (-grower.nodes[n].slot_value, n))
+    ranked = sorted(range(1, len(nodes)), key=lambda n: -nodes[n].slot_value)  # stable
     return grower.tree(sorted(ranked[: budget.nodes]))
-
-
-def _admits(best: list[float], value: float, size: int, floor: float) -> bool:
-    """Returns whether a slot may still be kept."""
-    return value > 0.0 and value >= floor and (len(best) < size or value > best[0])

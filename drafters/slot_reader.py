@@ -1,0 +1,40 @@
+"""Reads one row of a table at a time, as a tree that is grown node by node asks for them."""
+
+from __future__ import annotations
+
+from struct import Struct
+
+import numpy as np
+
+StoredRow = tuple[tuple[int, ...], tuple[int, ...]]  # tokens and the bits of their log-shares
+
+
+class SlotReader:
+    """A view of successors and their log-shares; what is written to the tables later, it sees.
+
+    Unpacking a row from memory takes a fifth of the time that indexing an array and `tolist` take.
+
+    Args:
+        ids: ``[..., k]`` int32, contiguous; -1 is padding, behind all successors of a row.
+        log_shares: ``[..., k]`` float16, contiguous.
+    """
+
+    __slots__ = ("_id_bytes", "_id_size", "_ids_of", "_share_bytes", "_share_size", "_shares_of")
+
+    def __init__(self, ids: np.ndarray, log_shares: np.ndarray) -> None:
+        assert ids.flags.c_contiguous  # else it would read a copy
+        assert log_shares.flags.c_contiguous
+        ids_of, shares_of = Struct(f"{ids.shape[-1]}i"), Struct(f"{log_shares.shape[-1]}H")
+        self._id_bytes = ids.reshape(-1).view(np.uint8).data
+        self._share_bytes = log_shares.reshape(-1).view(np.uint8).data
+        self._id_size, self._share_size = ids_of.size, shares_of.size
+        self._ids_of, self._shares_of = ids_of.unpack_from, shares_of.unpack_from
+
+    def row(self, slot: int) -> StoredRow:
+        """Returns the successors in a slot, best first, and the bits of their log-shares."""
+        ids = self._ids_of(self._id_bytes, slot * self._id_size)
+        share_bits = self._shares_of(self._share_bytes, slot * self._share_size)
+        if ids[-1] < 0:
+            count = ids.index(-1)
+            return ids[:count], share_bits[:count]
+        return ids, share_bits
