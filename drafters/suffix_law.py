@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import itemgetter, neg
-from typing import NamedTuple
 
 from specdec.drafters.listed_law import ListedLaw
 from specdec.drafters.suffix_automaton import SuffixAutomaton
@@ -27,20 +27,25 @@ Context = tuple[int, int, int, Source]  # precedence, state, length
 Found = tuple[float, int, int, int]  # chance, token, cell of the calibration, rank of the match
 
 
-class _Guesses(NamedTuple):
-    """What may follow a match.
+@dataclass(slots=True)
+class _Place:
+    """A longest match in each source, shared by the handles that have it, and what follows it.
 
     Attributes:
-        ranked: from likely to unlikely.
-        found: all guesses, as they were found.
-        rest: chance that none of them is right; 0 where the commonest tokens are not asked.
-        complete: whether the commonest tokens are among them, if they are asked at all.
+        matches: one for each source.
+        found: what followed them, by token, in the order of asking; None until asked.
+        rest: chance that none of `found` is right; 0 where the commonest tokens are not asked.
+        ranked: all guesses from likely to unlikely; None until looked up.
+        all: those that `ranked` is of; the commonest tokens are among them where `complete`.
+        complete: whether nothing is to be added to `all`.
     """
 
-    ranked: Guesses
-    found: dict[int, Found]
-    rest: float
-    complete: bool
+    matches: tuple[Match, ...]
+    found: dict[int, Found] | None = None
+    rest: float = 1.0
+    ranked: Guesses | None = None
+    all: dict[int, Found] | None = None
+    complete: bool = False
 
 
 class SuffixLaw(ListedLaw):
@@ -65,22 +70,22 @@ class SuffixLaw(ListedLaw):
         self._calibration_chances = calibration.chances[:]
         self._max_contexts = max_contexts
         self._max_successors = max_successors
-        self._matches = [matches]
+        root = _Place(matches)
+        self._places = [root]  # of each handle
+        self._known = {matches: root}
         self._paths = [1.0]  # the chance of each handle's path
-        self._known: dict[tuple[Match, ...], _Guesses] = {}
-        self._bounded: dict[int, Guesses] = {}  # what a bound was taken from, by handle
         # the same behind every node, so they are ranked once
         common: dict[int, Found] = {}
         self._ask([(0, 0, 0, source) for source in sources[:2]], common, 1.0, rank=max_contexts)
         self._common = sorted(common.values(), key=itemgetter(0), reverse=True)
+        self._most_common = self._common[0][0] if self._common else 0.0
         self.match_length = max(length for _, length in matches)
 
     def extend(self, parent: int, token: int) -> int:
         """Returns a new handle for `parent` followed by `token`."""
-        matches = self._matches[parent]
-        guesses = self._known.get(matches)
+        place = self._places[parent]
         path = self._paths[parent]
-        guess = guesses.found.get(token) if guesses is not None else None
+        guess = place.all.get(token) if place.all else None
         if guess is not None:
             longer = path * guess[0]
             if longer >= _LEAST_CHANCE:  # it stands in the node's row
@@ -88,27 +93,30 @@ class SuffixLaw(ListedLaw):
         self._paths.append(path)
         advanced = [
             automaton.advance(state, length, token)
-            for automaton, (state, length) in zip(self._automata, matches, strict=True)
+            for automaton, (state, length) in zip(self._automata, place.matches, strict=True)
         ]
-        self._matches.append(tuple(advanced))
-        return len(self._matches) - 1
+        matches = tuple(advanced)
+        below = self._known.get(matches)
+        if below is None:
+            below = self._known[matches] = _Place(matches)
+        self._places.append(below)
+        return len(self._places) - 1
 
     def guesses(self, handle: int) -> Guesses:
         """Returns the chances of what may follow; paths that are hardly likely are left out."""
-        bounded = self._bounded.pop(handle, None)
-        if bounded is not None:
-            return bounded
         least = _LEAST_CHANCE / self._paths[handle]
-        ranked = self._guesses(handle, least).ranked
+        ranked = self._ranked(self._places[handle], least)
         if not ranked.tokens or ranked.chances[-1] >= least:
             return ranked
         count = bisect_right(ranked.chances, -least, key=neg)
         return Guesses(ranked.tokens[:count], ranked.chances[:count])
 
     def bound(self, handle: int) -> float:
-        """Returns the largest chance."""
-        bounded = self._bounded[handle] = self.guesses(handle)
-        return bounded.chances[0] if bounded.chances else 0.0
+        """Returns the largest chance; guesses that are left out count too."""
+        place = self._places[handle]
+        found = self._what_followed(place)
+        most = place.rest * self._most_common
+        return max([most, *[guess[0] for guess in found.values()]])
 
     def record(self, handle: int, token: int, calibration: SuffixCalibration) -> None:
         """Counts the guesses at a handle, whose true successor has become known.
@@ -116,50 +124,72 @@ class SuffixLaw(ListedLaw):
         A context that comes after the one that was right is not counted: its chances are those of
         guesses that the contexts before it leave open.
         """
-        found = self._guesses(handle, least=0.0).found
+        place = self._places[handle]
+        self._ranked(place, least=0.0)
+        found = place.all or {}
         last = found[token][3] if token in found else math.inf
         for _, guess, cell, rank in found.values():
             if rank > last:
                 break
             calibration.record(cell, guess == token)
 
-    def _guesses(self, handle: int, least: float) -> _Guesses:
-        """Returns all guesses at a handle that may be at least so likely."""
-        matches = self._matches[handle]
-        guesses = self._known.get(matches)
-        if guesses is None:
-            found: dict[int, Found] = {}
-            rest = self._ask(self._contexts(matches), found, 1.0)
-            guesses = self._known[matches] = _sorted(found, rest, complete=not self._common)
+    def _ranked(self, place: _Place, least: float) -> Guesses:
+        """Returns all guesses at a place that may be at least so likely."""
+        known = place.ranked
+        if known is not None and place.complete:
+            return known
+        found = self._what_followed(place)
+        rest = place.rest
+        most_common = rest * self._most_common
         # most nodes are too unlikely for the commonest tokens, which would take half the time
-        if not guesses.complete and guesses.rest * self._common[0][0] >= least:
-            found, rest = guesses.found.copy(), guesses.rest
+        if most_common and most_common >= least:
+            found = found.copy()
             for chance, token, cell, rank in self._common:
                 if len(found) >= _MAX_GUESSES:
                     break
                 if token not in found:
                     found[token] = chance * rest, token, cell, rank
-            guesses = self._known[matches] = _sorted(found, rest, complete=True)
-        return guesses
+            place.complete = True
+        elif known is not None:
+            return known
+        else:
+            place.complete = not most_common
+        best = sorted(found.values(), key=itemgetter(0), reverse=True)[:_MAX_GUESSES]
+        place.all = found
+        place.ranked = ranked = Guesses([guess[1] for guess in best], [guess[0] for guess in best])
+        return ranked
+
+    def _what_followed(self, place: _Place) -> dict[int, Found]:
+        found = place.found
+        if found is None:
+            found = place.found = {}
+            place.rest = self._ask(self._contexts(place.matches), found, 1.0)
+        return found
 
     def _contexts(self, matches: tuple[Match, ...]) -> list[Context]:
         """Returns the matches to ask, the best one first."""
-        contexts = []
+        contexts: list[Context] = []
+        several = False
         for source, (state, length) in zip(self._sources, matches, strict=True):
-            bonus = _OWN_BONUS if source[1] == OWN else 0
+            if state == 0:
+                continue
+            several = bool(contexts)
+            automaton, kind = source
+            bonus = _OWN_BONUS if kind == OWN else 0
             for _ in range(self._max_contexts):
+                contexts.append((length + bonus, state, length, source))
+                state, length = automaton.shorter(state)
                 if state == 0:
                     break
-                contexts.append((length + bonus, state, length, source))
-                state, length = source[0].shorter(state)
-        contexts.sort(key=itemgetter(0), reverse=True)  # stable: this text, then the younger store
+        if several:  # stable: this text, then the younger store
+            contexts.sort(key=itemgetter(0), reverse=True)
         return contexts[: self._max_contexts]
 
     def _ask(
         self, contexts: Sequence[Context], found: dict[int, Found], rest: float, rank: int = 0
     ) -> float:
         """Adds what followed each match to `found`; returns the chance left for other tokens."""
-        known = self._calibration_chances
+        known, cells_of = self._calibration_chances, SuffixCalibration.cells
         for _, state, length, (automaton, source) in contexts:
             ranked, total, latest = automaton.successors(state)
             if found:
@@ -172,24 +202,15 @@ class SuffixLaw(ListedLaw):
                 ranked = fresh
             if ranked:
                 ranked = ranked[: self._max_successors]
-                cells = SuffixCalibration.cells(source, length, ranked, total, latest)
+                cells = cells_of(source, length, ranked, total, latest)
                 chances = [known[cell] for cell in cells]
-                together = sum(chances)
-                scale = rest if together <= _CERTAIN else rest * _CERTAIN / together
+                together, scale = sum(chances), rest
+                if together > _CERTAIN:
+                    together, scale = _CERTAIN, rest * _CERTAIN / together
                 for (token, _), chance, cell in zip(ranked, chances, cells, strict=True):
                     found[token] = chance * scale, token, cell, rank
-                rest *= 1.0 - min(together, _CERTAIN)
+                rest *= 1.0 - together
                 if rest < 1.0 - _ENOUGH:
                     return 0.0
             rank += 1
         return rest
-
-
-def _sorted(found: dict[int, Found], rest: float, *, complete: bool) -> _Guesses:
-    best = sorted(found.values(), key=itemgetter(0), reverse=True)[:_MAX_GUESSES]
-    return _Guesses(
-        Guesses([guess[1] for guess in best], [guess[0] for guess in best]),
-        found,
-        rest,
-        complete or rest == 0.0,
-    )

@@ -50,22 +50,26 @@ def grow_by_heap(
     """
     tokens, parents, handles, chances = [root.token], [-1], [0], [math.nan]
     paths, laws = [1.0], [_NOTHING]
-    extend, bound = law.extend, law.bound
+    extend, bound, guesses = law.extend, law.bound, law.guesses
     deepest, least = min(budget.depth, max_depth), budget.least_chance
     # (negative chance of the path, depth, parent, rank among its children)
     heap: list[tuple[float, int, int, int]] = []
+
+    def look_up(node: int, depth: int) -> None:
+        own = laws[node] = _checked(guesses(handles[node]))
+        if own.tokens:
+            heappush(heap, (-paths[node] * own.chances[0], depth, node, 0))
+
     if deepest and budget.nodes:
-        heap.append((-1.0, 1, 0, _UNKNOWN))
+        look_up(0, 1)
     while heap:
         value, depth, parent, rank = heappop(heap)
         if -value < least:
             break
-        own = laws[parent]
         if rank == _UNKNOWN:
-            own = laws[parent] = _checked(law.guesses(handles[parent]))
-            if own.tokens:
-                heappush(heap, (-paths[parent] * own.chances[0], depth, parent, 0))
+            look_up(parent, depth)
             continue
+        own = laws[parent]
         token = own.tokens[rank]
         node = len(tokens)
         tokens.append(token)
@@ -81,7 +85,10 @@ def grow_by_heap(
             heappush(heap, (-paths[parent] * own.chances[rank], depth, parent, rank))
         laws.append(_NOTHING)
         if depth < deepest and -value * LIKELY_CHILD >= least:
-            heappush(heap, (value * bound(handle), depth + 1, node, _UNKNOWN))
+            if 2 * node < budget.nodes:  # the first nodes nearly all need it
+                look_up(node, depth + 1)
+            else:
+                heappush(heap, (value * bound(handle), depth + 1, node, _UNKNOWN))
     return DraftTree.from_lists(
         tokens,
         parents,
