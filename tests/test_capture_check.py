@@ -12,6 +12,7 @@ from tape import Tape
 from torch import Tensor, nn
 
 from specdec import SpeculativeGenerator
+from specdec.backend import packed
 from specdec.backend.capture_check import HostReads, captured_passes
 from specdec.backend.model_state import foreign_hook, model_state
 from specdec.backend.probe import probed
@@ -117,6 +118,15 @@ def test_a_recording_that_fails_is_a_reason() -> None:
     with pytest.raises(UnsupportedModelError, match="failed: operation not permitted"):
         captured_passes(backend, True, Failing)
     assert captured_passes(backend, "auto", Failing) is None
+
+
+def test_packed_weights_are_in_no_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their C code is no operation of torch's: repeated passes would leave it out."""
+    monkeypatch.setattr(packed, "_SMALLEST", 1)
+    backend = probed(tiny.make_model("llama"), "onednn")
+    with pytest.raises(UnsupportedModelError, match="runs from packed weights"):
+        captured_passes(backend, True, Tape)
+    assert captured_passes(backend, "auto", Tape) is None
 
 
 def test_frequencies_that_follow_the_length_are_refused() -> None:

@@ -79,6 +79,8 @@ def obstacle(backend: TreeModel, passes: CapturedPasses) -> str | None:
     places = {spec.device for spec in backend.specs} | {backend.device}
     if len(places) > 1:
         return f"{name} is spread over {', '.join(sorted(map(str, places)))}"
+    if backend.packed is not None:
+        return f"{name} runs from packed weights, by code on the host"
     limit = backend.traits.positions
     if limit is not None and limit.kind in ("dynamic", "longrope"):
         return f"{name} has {limit.kind} rope, whose frequencies are looked up on the host"
