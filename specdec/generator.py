@@ -56,7 +56,7 @@ class SpeculativeGenerator:
         packed_weights: on a CPU, a float32 model's linear layers are run from copies of their
             weights in a layout that multiplies several rows faster. "blocks" is our own (compiled
             by the machine's C compiler when first used): it keeps weights that came from bfloat16
-            or from a quantised file as what they were, which takes a half to a sixth of the
+            or from a quantised file as what they were, which takes a half to a fifth of the
             weights' memory, and gives the same float32 numbers. "onednn" and "mkl" take as much as
             the weights, "fp16" half. "auto" measures which is fastest, None runs the layers as
             they are.
