@@ -121,12 +121,13 @@ class Hybrid(LearningDrafter):
                     if mixture is not None:
                         self._learn(mixture, token)
         for source in self.sources:
-            source.observe(
-                [
+            own = outcomes
+            if self.needs.layers:
+                own = [
                     replace(outcome, features=self._features_for(source, outcome.features))
                     for outcome in outcomes
                 ]
-            )
+            source.observe(own)
 
     def stop(self, row: int) -> None:
         """Ends the row in every source."""

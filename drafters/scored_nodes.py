@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,21 +18,21 @@ class ScoredNodes(NamedTuple):
     """The nodes of the trees of a step, one tree behind the other.
 
     Attributes:
-        tokens: ``[n]`` int64, of each node.
-        parents: ``[n]`` int64, places of the parents; -1 for the roots.
-        visited: ``[m]`` int64, places of the nodes after which a token became text.
-        emitted: ``[m]`` int64, these tokens.
-        order: ``[n]`` int64, in which rows of equal keys may overwrite each other: within a tree
+        tokens: n, of each node.
+        parents: n places of the parents; -1 for the roots.
+        visited: m places of the nodes after which a token became text.
+        emitted: these tokens.
+        order: n places, in which rows of equal keys may overwrite each other: within a tree
             shallow nodes first and the accepted path last, as its context is the truest.
         ids: ``[n, k]`` int64 on the CPU, the target's likeliest tokens behind each node.
         logits: ``[n, k]`` on the CPU, theirs.
     """
 
-    tokens: np.ndarray
-    parents: np.ndarray
-    visited: np.ndarray
-    emitted: np.ndarray
-    order: np.ndarray
+    tokens: list[int]
+    parents: list[int]
+    visited: list[int]
+    emitted: list[int]
+    order: list[int]
     ids: Tensor
     logits: Tensor
 
@@ -60,19 +59,10 @@ class ScoredNodes(NamedTuple):
         if len(rows) > 1 and sum(map(Tensor.numel, rows)) <= _MOST_COPIED:
             rows = [torch.cat(rows)]
         top = [top_k_rows(one, k) for one in rows]
-        logits, ids = (torch.cat(parts) for parts in zip(*top, strict=True))
-        return cls(
-            np.array(tokens, np.int64),
-            np.array(parents, np.int64),
-            np.array(visited, np.int64),
-            np.array(emitted, np.int64),
-            np.array(order, np.int64),
-            ids.cpu(),
-            logits.cpu(),
-        )
+        logits, ids = top[0] if len(top) == 1 else map(torch.cat, zip(*top, strict=True))
+        return cls(tokens, parents, visited, emitted, order, ids.cpu(), logits.cpu())
 
-    def tokens_above(self, roots: Sequence[int]) -> np.ndarray:
-        """Returns ``[n]`` the token above each node; `roots` are those above the roots."""
-        above: np.ndarray = self.tokens[self.parents]
-        above[self.parents < 0] = roots
-        return above
+    def tokens_above(self, roots: Sequence[int]) -> list[int]:
+        """Returns the token above each of the n nodes; `roots` are those above the roots."""
+        tokens, above = self.tokens, iter(roots)
+        return [next(above) if parent < 0 else tokens[parent] for parent in self.parents]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from specdec.drafters.calibration import Calibration
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import ListedLaw, at_most_certain
 from specdec.drafters.scored_nodes import ScoredNodes
-from specdec.drafters.slot_reader import SlotReader
+from specdec.drafters.slots import Slots
 from specdec.errors import ConfigError, StateError
 from specdec.types import (
     DraftContext,
@@ -78,7 +78,8 @@ class TokenRecycling(LearningDrafter):
     def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
         """Writes the prompt's rows."""
         if prompt_rows is not None:
-            self._write(list(prompt[-len(prompt_rows.ids) :]), prompt_rows.ids, prompt_rows.logits)
+            count = len(prompt_rows.ids)
+            self._write(prompt[-count:], prompt_rows.ids, prompt_rows.logits, range(count))
 
     def law(self, context: DraftContext) -> DraftLaw:
         """Returns the law that follows the matrix from the root."""
@@ -86,22 +87,21 @@ class TokenRecycling(LearningDrafter):
 
     def guesses(self, token: int) -> Guesses:
         """Returns a token's row: ids, and the estimated chance that each is the next token."""
-        ids, share_bits = self._reader.row(token)
+        ids, share_bits = self._slots.row(token)
         return Guesses(ids, at_most_certain(self._calibration.chances(share_bits)))
 
     def most(self, token: int) -> float:
         """Returns what no chance of `guesses` exceeds."""
-        return self._calibration.most(self._reader.row(token)[1])
+        return self._calibration.most(self._slots.row(token)[1])
 
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then recycles every node's logits."""
         scored = ScoredNodes.of(outcomes, self._k)
-        visited = scored.tokens[scored.visited].tolist()
-        for token, emitted in zip(visited, scored.emitted.tolist(), strict=True):
-            for rank, (guess, bits) in enumerate(zip(*self._reader.row(token), strict=True)):
+        for node, emitted in zip(scored.visited, scored.emitted, strict=True):
+            row = self._slots.row(scored.tokens[node])
+            for rank, (guess, bits) in enumerate(zip(*row, strict=True)):
                 self._calibration.record(rank, bits, guess == emitted)
-        order = scored.order
-        self._write(scored.tokens[order].tolist(), scored.ids[order], scored.logits[order])
+        self._write(scored.tokens, scored.ids, scored.logits, scored.order)
 
     def reset(self) -> None:
         """Forgets the matrix and the calibration."""
@@ -135,10 +135,12 @@ class TokenRecycling(LearningDrafter):
         """Makes an empty matrix, and what reads its rows."""
         self._successors = np.full((vocab_size, self._k), -1, dtype=np.int32)
         self._log_shares = np.full((vocab_size, self._k), -np.inf, dtype=np.float16)
-        self._reader = SlotReader(self._successors, self._log_shares)
+        self._slots = Slots(self._successors, self._log_shares)
 
-    def _write(self, tokens: list[int], ids: Tensor, logits: Tensor) -> None:
-        last = {token: position for position, token in enumerate(tokens)}
+    def _write(
+        self, tokens: Sequence[int], ids: Tensor, logits: Tensor, order: Iterable[int]
+    ) -> None:
+        last = {tokens[place]: place for place in order}
         index, source = list(last.keys()), list(last.values())
         self._successors[index] = ids[source].numpy()
         shares = torch.log_softmax(logits[source].float(), dim=-1)

@@ -32,6 +32,7 @@ _SECONDS = 8.0  # no further round is begun after this long
 _MOST_CHECKS = 4  # passes by which a table of an earlier run is checked
 _CHECK_SECONDS = 0.5  # that they may take; one is run in any case
 _FASTER = 0.8
+_FAR = 1 << 20  # nodes: more than any pass has
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class PassCost:
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
     seconds: tuple[tuple[float, ...], ...]
-    _curves: list[np.ndarray] = field(init=False, repr=False, compare=False)
+    _knots: np.ndarray = field(init=False, repr=False, compare=False)
+    _near: np.ndarray = field(init=False, repr=False, compare=False)
+    _farther: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shapes = [len(of_context) for of_context in self.seconds]
@@ -64,32 +67,34 @@ class PassCost:
             raise ConfigError("rows and contexts of a cost table must ascend")
         if not all(second > 0 for of_context in self.seconds for second in of_context):
             raise ConfigError("the seconds of a cost table must be positive")
-        # fewer nodes never cost more: whatever disturbed a measurement has made it longer
-        curves = [np.minimum.accumulate(own[::-1])[::-1] for own in self.seconds]
-        object.__setattr__(self, "_curves", curves)
+        far = self._drawn(self.seconds[-1])
+        near = np.minimum(self._drawn(self.seconds[0]), far)  # longer prefixes cost no less
+        object.__setattr__(self, "_knots", np.array([*self.rows, _FAR]))
+        object.__setattr__(self, "_near", near)
+        object.__setattr__(self, "_farther", far - near)
 
-    def of(self, rows: np.ndarray, context: float) -> np.ndarray:
+    def of(self, rows: np.ndarray | int, context: float) -> np.ndarray:
         """Returns seconds for numbers of nodes, linear between and beyond the measured points.
 
         Args:
-            rows: any shape, at least 1.
+            rows: at least 1, any shape; fractions, of means, are served too.
             context: tokens before the trees; the mean over a batch's rows.
         """
-        near, far = self._of_context(rows, 0), self._of_context(rows, len(self.contexts) - 1)
-        if len(self.contexts) == 1:
-            return near
-        share = (context - self.contexts[0]) / (self.contexts[-1] - self.contexts[0])
-        near = np.minimum(near, far)  # a longer prefix is never cheaper, as more nodes never are
-        costs: np.ndarray = near + max(share, 0.0) * (far - near)
+        seconds = self._near
+        if len(self.contexts) > 1:
+            share = (context - self.contexts[0]) / (self.contexts[-1] - self.contexts[0])
+            seconds = seconds + max(share, 0.0) * self._farther
+        costs: np.ndarray = np.interp(rows, self._knots, seconds)
         return costs
 
-    def _of_context(self, rows: np.ndarray, index: int) -> np.ndarray:
-        seconds = self._curves[index]
-        costs: np.ndarray = np.interp(rows, self.rows, seconds)
+    def _drawn(self, measured: Sequence[float]) -> np.ndarray:
+        """Returns the seconds at the knots: what was measured, and one far point on its line."""
+        # fewer nodes never cost more: whatever disturbed a measurement has made it longer
+        seconds = np.minimum.accumulate(measured[::-1])[::-1]
+        slope = 0.0
         if len(self.rows) > 1:
             slope = (seconds[-1] - seconds[-2]) / (self.rows[-1] - self.rows[-2])
-            costs = costs + np.maximum(np.asarray(rows) - self.rows[-1], 0) * slope
-        return costs
+        return np.append(seconds, seconds[-1] + slope * (_FAR - self.rows[-1]))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PassCost:

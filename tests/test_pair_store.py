@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from specdec.drafters import pair_store
 from specdec.drafters.learning import LearnedState
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.errors import ConfigError, StateError
@@ -70,6 +71,28 @@ def test_one_row_is_what_all_rows_are() -> None:
         bits = own_shares[named].view(np.uint16)
         expected = tuple(own_ids[named].tolist()), tuple(bits.tolist())
         assert store.row(*pair) == (expected if found else None)
+
+
+@pytest.mark.parametrize("num_pairs", [128, 1 << 12])
+def test_pairs_written_one_by_one_stand_where_all_at_once_do(
+    num_pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same slots, ages and rows, whether sets overflow or not and in any order of rows."""
+    each, every = PairStore(num_pairs, K), PairStore(num_pairs, K)
+    generator = np.random.default_rng(3)
+    written: set[tuple[int, ...]] = set()
+    for batch in range(40):
+        pairs = random_pairs(12, batch, vocab_size=12)  # some 150 pairs
+        written |= set(map(tuple, pairs.tolist()))
+        ids, shares = rows(100 * batch, len(pairs))
+        order = generator.permutation(len(pairs)).tolist()
+        for store, few in ((each, len(pairs)), (every, 0)):
+            monkeypatch.setattr(pair_store, "_FEW", few)
+            store.write(pairs[:, 0], pairs[:, 1], ids, shares, order)
+        of_each, of_every = each.state(), every.state()
+        for name, table in of_each.arrays.items():
+            assert table.tolist() == of_every.arrays[name].tolist(), (batch, name)
+    assert (len(each) < len(written)) == (num_pairs == 128)
 
 
 def test_of_a_pair_written_twice_at_once_the_last_row_stays() -> None:

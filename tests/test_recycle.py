@@ -140,7 +140,7 @@ def test_it_is_what_the_drafter_writes(impl, kernel_device):
     logits = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(5))
     tokens = [4, 8, 4, 59, 0, 8, 8, 1, 4]
     top = logits.topk(k)
-    drafter._write(tokens, top.indices, top.values)
+    drafter._write(tokens, top.indices, top.values, range(len(tokens)))
     table = torch.full((vocab_size, k), -1, dtype=torch.int32, device=kernel_device)
     shares = torch.full((vocab_size, k), -torch.inf, dtype=torch.float16, device=kernel_device)
     ids = torch.tensor(tokens, device=kernel_device)

@@ -118,7 +118,7 @@ class AutoBudget:
         passes = self._step_seconds(len(trees) * (widths + 1), context)
         drafting = self._clock.draft_seconds
         width = int(np.argmax(emitted / (drafting + passes)))
-        plain = float(self._step_seconds(np.array(len(trees)), context, probes=False))
+        plain = float(self._step_seconds(len(trees), context, probes=False))
         explored = self._pauses.exploring and widest > 0
         self._pauses.drafted(
             gain=float(emitted[width]) / len(trees) * plain - float(passes[width]) - drafting,
@@ -167,7 +167,7 @@ class AutoBudget:
         return self._levels.best(self._pass_seconds, level_seconds)
 
     def _step_seconds(
-        self, nodes: np.ndarray, context: float, *, probes: bool = True
+        self, nodes: np.ndarray | int, context: float, *, probes: bool = True
     ) -> np.ndarray:
         """Returns what it takes to score so many nodes, and to learn from them."""
         rows_per_node = self._rows_per_node if probes else 1

@@ -9,7 +9,8 @@ from specdec.cost import PassCost
 _MEMORY = 0.98  # for each pass
 # how sure the table is: in passes for its smallest pass, and for what nodes add in passes of twice
 # that time; between passes of a text other code has run, and the machine has other guests
-_PRIOR = np.diag([4.0, 0.3])
+_PRIOR = (4.0, 0.3)
+_LEAST_FACTOR = 0.1
 _LONGEST = 2.0  # times what was foretold; more is a pause of the machine
 
 
@@ -27,26 +28,32 @@ class PassClock:
     def __init__(self, cost: PassCost, *, follows: bool = True) -> None:
         self._cost = cost
         self._follows = follows
-        self._products = np.zeros((2, 2))
-        self._targets = np.zeros(2)
-        self._factors = np.ones(2)
+        # passes, what nodes add, its square, the time, what nodes add x the time
+        self._sums = [0.0] * 5
+        self._factors = (1.0, 1.0)
 
-    def of(self, nodes: np.ndarray, context: float) -> np.ndarray:
+    def of(self, nodes: np.ndarray | int, context: float) -> np.ndarray:
         """Returns seconds for numbers of nodes (any shape) behind prefixes of such a length."""
-        least = self._cost.of(np.array(1), context)
         base, slope = self._factors
-        seconds: np.ndarray = base * least + slope * (self._cost.of(nodes, context) - least)
+        least = self._cost.of(1, context)
+        seconds: np.ndarray = (base - slope) * least + slope * self._cost.of(nodes, context)
         return seconds
 
     def scored(self, nodes: int, context: float, seconds: float) -> None:
         """Takes note of a pass."""
         if not self._follows:
             return
-        least = float(self._cost.of(np.array(1), context))
-        more = float(self._cost.of(np.array(nodes), context)) - least
-        row = np.array([1.0, more / least])
-        foretold = float(row @ self._factors)
-        self._products = _MEMORY * self._products + np.outer(row, row)
-        self._targets = _MEMORY * self._targets + row * min(seconds / least, _LONGEST * foretold)
-        factors = np.linalg.solve(self._products + _PRIOR, self._targets + _PRIOR.diagonal())
-        self._factors = np.maximum(factors, 0.1)
+        least, foretold = self._cost.of(np.array([1, nodes]), context).tolist()
+        more = foretold / least - 1.0
+        base, slope = self._factors
+        took = min(seconds / least, _LONGEST * (base + slope * more))
+        own = (1.0, more, more * more, took, more * took)
+        self._sums = [_MEMORY * known + new for known, new in zip(self._sums, own, strict=True)]
+        # two equations, solved by hand: numpy takes ten times as long for them
+        ones, mores, squares, tooks, products = self._sums
+        ones, squares = ones + _PRIOR[0], squares + _PRIOR[1]
+        tooks, products = tooks + _PRIOR[0], products + _PRIOR[1]
+        determinant = ones * squares - mores * mores
+        base = (squares * tooks - mores * products) / determinant
+        slope = (ones * products - mores * tooks) / determinant
+        self._factors = (max(base, _LEAST_FACTOR), max(slope, _LEAST_FACTOR))

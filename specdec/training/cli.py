@@ -38,7 +38,7 @@ from specdec.training.trainer import TrainSettings, train
 _TEXT = "text"
 _LENGTHS = ("steps", "epochs", "minutes")
 _TEXT_OPTIONS = ("num_texts", "prompt_tokens", "answer_tokens", "greedy_share")
-_TEXT_BATCH = 32
+_TEXT_BATCH = 32  # rows written at a time, and so a shard of the corpus
 _FEATURE_LAYERS = 3
 _TRAINING = {field.name for field in fields(TrainSettings)}  # of every recipe, the seed too
 
@@ -102,6 +102,13 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--prompt-tokens", type=int, help="at most, of a user's turn")
     text.add_argument("--answer-tokens", type=int, help="at most, of an answer")
     text.add_argument("--greedy-share", type=float, help="of the answers; the others are sampled")
+    text.add_argument("--text-batch-size", type=int, help=f"rows at a time; {_TEXT_BATCH} at first")
+    text.add_argument(
+        "--text-dtype",
+        default="auto",
+        help="of the model that writes; bfloat16 is faster where the hardware multiplies it. A "
+        "drafter is trained beside the model in float32 in any case",
+    )
     text.add_argument(
         "--feature-layers",
         type=int,
@@ -145,7 +152,7 @@ def _corpus(arguments: argparse.Namespace, model: Any, tokenizer: Any, name: str
     """Returns the corpus that is there, finished, or a new one."""
     folder = arguments.texts or default_cache_dir() / "texts" / name
     given = {k: getattr(arguments, k) for k in _TEXT_OPTIONS if getattr(arguments, k) is not None}
-    layers, batch_size = arguments.feature_layers, _TEXT_BATCH
+    layers, batch_size, dtype = arguments.feature_layers, _TEXT_BATCH, arguments.text_dtype
     if (folder / "corpus.json").exists():
         facts = Corpus(folder).facts
         if facts.target != fingerprint(model):
@@ -155,10 +162,16 @@ def _corpus(arguments: argparse.Namespace, model: Any, tokenizer: Any, name: str
             )
         kept = dict(facts.recipe)
         batch_size = kept.pop("batch_size")
+        written_in = kept.pop("dtype")
+        dtype = written_in if dtype == "auto" else dtype
         given = kept | {"openings": tuple(kept["openings"])} | given
         layers = facts.layers if layers is None else layers
     if layers is None:
         layers = target_layers(len(decoder_layers(model)), _FEATURE_LAYERS)
+    if arguments.text_batch_size is not None:
+        batch_size = arguments.text_batch_size
+    if dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        model, _ = load_model(arguments.model, dtype=dtype)
     return write_own_text(
         model,
         tokenizer,

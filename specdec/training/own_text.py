@@ -67,7 +67,8 @@ def write_own_text(
 ) -> Corpus:
     """Has the model write a corpus, or go on with one that was cut off or is to grow.
 
-    A shard is one batch and depends on the recipe, the batch size and its own number only.
+    A shard is one batch and depends on the recipe, the model's dtype, the batch size and its own
+    number only.
 
     Args:
         model: a HuggingFace causal language model.
@@ -84,9 +85,8 @@ def write_own_text(
     """
     if recipe.num_texts < 1 or not recipe.openings or not 0 <= recipe.greedy_share <= 1:
         raise ConfigError(f"a recipe needs texts, openings and a share from 0 to 1, got {recipe}")
-    facts = CorpusFacts(
-        fingerprint(model), tuple(layers), top_k, asdict(recipe) | {"batch_size": batch_size}
-    )
+    written = {"batch_size": batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
+    facts = CorpusFacts(fingerprint(model), tuple(layers), top_k, asdict(recipe) | written)
     corpus = Corpus(folder, facts)
     num_shards = -(-recipe.num_texts // batch_size)
     recorder = Recorder(layers, top_k)
