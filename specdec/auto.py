@@ -18,10 +18,12 @@ logger = logging.getLogger(__name__)
 class PartsForCalls:
     """The parts of a generator, "auto" filled in anew for each call.
 
-    Both automatic: best-first trees that look at the noise, with `coupled`; but a drafter whose
-    rows are a language model's probabilities, sampled from without a seed, gets `sequoia` trees and
-    `traversal`, which accept more, unless the user's own processors might keep state. One
-    automatic: what fits the other. docs/acceptance.md has the measurements behind this.
+    Both automatic: best-first trees that look at the noise, with `coupled`. The text then depends
+    on model and seed alone, and trees are as large as they pay, as their nodes are no draws. Drawn
+    trees accept more where a draft model is close to its target, and about the same or less where
+    it is not: docs/acceptance.md. One automatic: what fits the other, by whether the drafter's rows
+    are a language model's probabilities, whether a seed was given, and whether the user's own
+    processors might keep state.
 
     Args:
         drafter: attached to its target; None for plain decoding.
@@ -98,8 +100,6 @@ class PartsForCalls:
         """Returns policy and verifier; `walk` wants a rule that walks down, with keyed noise."""
         honest = self.drafter is not None and self.drafter.honest
         if self._policy is None and self._verifier is None:
-            if honest and not greedy and not walk:
-                return "sequoia", "traversal"
             return "coupled_best_first", "coupled"
         if self._policy is None:
             assert self._verifier is not None

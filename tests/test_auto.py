@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from specdec.auto import PartsForCalls
 from specdec.call import Call
+from specdec.cost import PassCost
 from specdec.drafters import TokenRecycling
 from specdec.trees import Chain, DySpecLayered, Iid
 from specdec.types import Draw
@@ -42,23 +43,27 @@ def names(drafter, policy="auto", verifier="auto", *, seeded=False, **kind) -> t
     return parts.policy.name, parts.verifier.name
 
 
-COUPLED = ("coupled_best_first", "coupled")
-
-
 @pytest.mark.parametrize(
-    ("drafter", "kind", "expected"),
+    ("drafter", "kind"),
     [
-        (Honest(), {}, ("sequoia", "traversal")),
-        (Honest(), {"seeded": True}, COUPLED),
-        (Honest(), {"greedy": True}, COUPLED),
-        (Honest(), {"foreign": True}, COUPLED),
-        (TokenRecycling(), {}, COUPLED),
-        (TokenRecycling(), {"greedy": True}, COUPLED),
-        (None, {}, COUPLED),
+        (Honest(), {}),
+        (Honest(), {"seeded": True}),
+        (Honest(), {"greedy": True}),
+        (TokenRecycling(), {"foreign": True}),
+        (None, {}),
     ],
 )
-def test_both_automatic(drafter, kind, expected) -> None:
-    assert names(drafter, **kind) == expected
+def test_both_automatic(drafter, kind) -> None:
+    assert names(drafter, **kind) == ("coupled_best_first", "coupled")
+
+
+def test_the_default_follows_the_costs_whatever_drafts() -> None:
+    """Drawn nodes must not be cut by what they hold, so their trees could not."""
+    cost = PassCost((1, 8), (64,), ((1.0, 1.1),))
+    parts = PartsForCalls(Honest(), "auto", "auto", "auto", cost=cost)
+    assert parts.for_call(call(), seeded=False).budget.setting == "auto"
+    parts = PartsForCalls(Honest(), "sequoia", "traversal", "auto", cost=cost)
+    assert parts.for_call(call(), seeded=False).budget.setting != "auto"
 
 
 @pytest.mark.parametrize(

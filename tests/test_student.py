@@ -544,6 +544,21 @@ def test_text_that_is_there_is_used_as_it_is(
         run(command("text", *words[:4], "--quiet", "--prompt-tokens", 41))
 
 
+def test_text_may_be_written_in_another_dtype_and_batch(tmp_path: Path, shared: Path) -> None:
+    """The drafter of bfloat16 text is trained beside the float32 model, and serves it."""
+    words = options(shared)
+    words[words.index("--texts") + 1] = tmp_path / "texts"
+    words += ["--text-dtype", "bfloat16", "--text-batch-size", 20]
+    run(command("text", *words[:8], "--quiet", *words[-4:]))
+    recipe = Corpus(tmp_path / "texts").facts.recipe
+    assert (recipe["dtype"], recipe["batch_size"]) == ("bfloat16", 20)
+    run(command("student", *words[:-4], "--out", tmp_path / "out"))  # goes on as it began
+    records = [json.loads(line) for line in (tmp_path / "out" / "run" / "losses.jsonl").open()]
+    assert all(record["block_efficiency"] >= 1 for record in records if "loss" not in record)
+    with pytest.raises(ConfigError, match="holds text made from"):
+        run(command("text", *words[:8], "--quiet", "--text-dtype", "float32"))
+
+
 def test_options_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("layers: [0, 2]\nlearning_rate: 0.25\nsteps: 9\nquiet: true\nclip:\n")
