@@ -45,7 +45,7 @@ _SMALL = {
     "measure_block_efficiency": "--model model --max-new-tokens 4 --limit 2",
     "tabulate_acceptance synthetic": "--texts 1 --temperatures 1 --budgets 4 --pairs chain/match",
     "tabulate_acceptance model": "--model model --max-new-tokens 4 --limit 2 --budgets 4 "
-    "--temperatures 0 --pairs best_first/coupled",
+    "--temperatures 0 --pairs best_first/coupled --drafter token_recycling",
     "bench_trees": "--nodes 8 --vocab-size 64 --repeats 1 --policies top_n",
     "bench_layouts": "--rows 1 3 --context 8 --repeats 1",
     "bench_kernels --out": _ONE_LAYER,

@@ -162,7 +162,7 @@ def _corpus(arguments: argparse.Namespace, model: Any, tokenizer: Any, name: str
             )
         kept = dict(facts.recipe)
         batch_size = kept.pop("batch_size")
-        written_in = kept.pop("dtype")
+        written_in = kept.pop("dtype", dtype)  # older text does not tell, and is refused below
         dtype = written_in if dtype == "auto" else dtype
         given = kept | {"openings": tuple(kept["openings"])} | given
         layers = facts.layers if layers is None else layers
