@@ -112,9 +112,8 @@ class PairStore:
         What `find` does for one pair, without numpy's calls.
         """
         key = (first + 1) << 32 | (second + 1)
-        place = ((key * _MIX & _WORD) >> 32) * self._num_sets >> 32
-        keys = _SET.unpack_from(self._key_bytes, place * _SET.size)
-        return self._slots.row(place * _WAYS + keys.index(key)) if key in keys else None
+        start, keys = self._set_of(key)
+        return self._slots.row(start + keys.index(key)) if key in keys else None
 
     def write(
         self,
@@ -155,21 +154,20 @@ class PairStore:
             ids: as in `write`.
             log_shares: as in `write`.
         """
-        ways, num_sets, age_at = _WAYS, self._num_sets, self._age_at
+        age_at = self._age_at
         self._writes += 1
         slots, new = [], []
         for key, row in rows.items():
-            place = ((key * _MIX & _WORD) >> 32) * num_sets >> 32
-            keys = _SET.unpack_from(self._key_bytes, place * _SET.size)
+            start, keys = self._set_of(key)
             if key in keys:
-                slot = place * ways + keys.index(key)
+                slot = start + keys.index(key)
                 age_at[slot] = self._writes
                 slots.append((slot, row))
             else:
-                new.append((place * ways, key, row))
-        for first, key, row in new:  # when all that are rewritten are the youngest
-            ages = age_at[first : first + ways].tolist()
-            slot = first + ages.index(min(ages))
+                new.append((start, key, row))
+        for start, key, row in new:  # when all that are rewritten are the youngest
+            ages = age_at[start : start + _WAYS].tolist()
+            slot = start + ages.index(min(ages))
             self._key_at[slot] = key
             age_at[slot] = self._writes
             slots.append((slot, row))
@@ -253,6 +251,11 @@ class PairStore:
         store._log_shares[slots] = log_shares[source]
         store._writes = int(ages.max(initial=0))
         return store
+
+    def _set_of(self, key: int) -> tuple[int, tuple[int, ...]]:
+        """Returns the first slot of a key's set, and the keys in it."""
+        place = ((key * _MIX & _WORD) >> 32) * self._num_sets >> 32
+        return place * _WAYS, _SET.unpack_from(self._key_bytes, place * _SET.size)
 
     def _places(self, keys: np.ndarray) -> np.ndarray:
         """Returns the set of each key."""

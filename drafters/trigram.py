@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from specdec.drafters.calibration import Calibration
@@ -258,10 +259,7 @@ class Trigram(LearningDrafter):
         logits: Tensor,
         order: Sequence[int] | None = None,
     ) -> None:
-        # numpy: a step has a few rows of eight, for which torch's calls take three times as long
-        best = logits.float().numpy()
-        below = best - best[:, :1]  # of the likeliest
-        shares = (below - np.log(np.exp(below).sum(axis=1, keepdims=True))).astype(np.float16)
+        shares = torch.log_softmax(logits.float(), dim=-1).to(torch.float16).numpy()
         successors = ids.numpy().astype(np.int32)
         self._store.write(firsts, seconds, successors, shares, order)
         self._store.write([NO_TOKEN] * len(seconds), seconds, successors, shares, order)

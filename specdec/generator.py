@@ -48,7 +48,8 @@ class SpeculativeGenerator:
         policy: a name ("best_first", "static", "chain", "dyspec_layered", ...), an object or
             "auto": what suits the drafter and the verifier, see `specdec.auto`.
         verifier: a name ("coupled", "match", "rejection", "traversal", ...), an object or "auto".
-            With a seed "auto" is coupled: the text then depends on model and seed alone.
+            "auto" is coupled, so that the text depends on model and seed alone; and traversal for
+            a policy that draws its nodes, unless a seed is given.
         node_budget: draft nodes a tree, the root not counted. "auto": as many as give the most
             tokens a second by the measured cost of a pass and the acceptance seen so far, down to
             plain decoding; trees that are drawn from a draft model's law get 8 on a CPU, 32

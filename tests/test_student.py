@@ -557,6 +557,8 @@ def test_text_may_be_written_in_another_dtype_and_batch(tmp_path: Path, shared: 
     assert all(record["block_efficiency"] >= 1 for record in records if "loss" not in record)
     with pytest.raises(ConfigError, match="holds text made from"):
         run(command("text", *words[:8], "--quiet", "--text-dtype", "float32"))
+    with pytest.raises(ConfigError, match="a batch of 0"):
+        run(command("text", *words[:8], "--quiet", "--text-batch-size", 0))
 
 
 def test_options_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

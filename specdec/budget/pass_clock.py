@@ -49,7 +49,7 @@ class PassClock:
         took = min(seconds / least, _LONGEST * (base + slope * more))
         own = (1.0, more, more * more, took, more * took)
         self._sums = [_MEMORY * known + new for known, new in zip(self._sums, own, strict=True)]
-        # two equations, solved by hand: numpy takes ten times as long for them
+        # two equations, solved by hand: numpy's calls took longer than all the rest
         ones, mores, squares, tooks, products = self._sums
         ones, squares = ones + _PRIOR[0], squares + _PRIOR[1]
         tooks, products = tooks + _PRIOR[0], products + _PRIOR[1]

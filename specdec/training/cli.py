@@ -105,6 +105,7 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--text-batch-size", type=int, help=f"rows at a time; {_TEXT_BATCH} at first")
     text.add_argument(
         "--text-dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of the model that writes; bfloat16 is faster where the hardware multiplies it. A "
         "drafter is trained beside the model in float32 in any case",

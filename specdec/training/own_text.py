@@ -85,6 +85,8 @@ def write_own_text(
     """
     if recipe.num_texts < 1 or not recipe.openings or not 0 <= recipe.greedy_share <= 1:
         raise ConfigError(f"a recipe needs texts, openings and a share from 0 to 1, got {recipe}")
+    if batch_size < 1:
+        raise ConfigError(f"at least one text is written at a time, got a batch of {batch_size}")
     written = {"batch_size": batch_size, "dtype": str(model.dtype).removeprefix("torch.")}
     facts = CorpusFacts(fingerprint(model), tuple(layers), top_k, asdict(recipe) | written)
     corpus = Corpus(folder, facts)
