@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -59,10 +59,7 @@ class Hybrid(LearningDrafter):
             raise ConfigError(f"a hybrid needs sources with different names, got {names}")
         self.sources = tuple(sources)
         self.needs = self._united_needs()
-        self._weights: np.ndarray
-        self._outcomes: np.ndarray
-        self._weights_of: dict[tuple[int, ...], list[float]]  # the weights by class, as lists
-        self._forget()
+        self._trust: dict[tuple[int, ...], _Trust] = {}  # by the sources' classes
         self._laws: dict[int, _MixedLaw] = {}
 
     def attach(self, target: TargetInfo) -> None:
@@ -137,14 +134,19 @@ class Hybrid(LearningDrafter):
 
     def reset(self) -> None:
         """Forgets the weights and everything the sources have learned."""
-        self._forget()
+        self._trust.clear()
         self._laws.clear()
         for source in self.sources:
             source.reset()
 
     def state(self) -> LearnedState:
         """Returns the weights and the states of the sources that learn."""
-        own = LearnedState({"weights": self._weights, "outcomes": self._outcomes})
+        count = len(self.sources)
+        weights = np.full((*self._shape, count), 1.0 / count)
+        outcomes = np.zeros(self._shape)
+        for classes, trust in self._trust.items():
+            weights[classes], outcomes[classes] = trust.weights, trust.outcomes
+        own = LearnedState({"weights": weights, "outcomes": outcomes})
         return LearnedState.joined({"mixture": own} | {s.name: s.state() for s in self._learners})
 
     def restore(self, state: LearnedState) -> None:
@@ -154,8 +156,8 @@ class Hybrid(LearningDrafter):
         if set(state.facts) != names:
             raise StateError(f"expected the sources {sorted(names)}, got {sorted(state.facts)}")
         own = state.part("mixture")
-        weights = own.array("weights", self._weights.shape, np.float64)
-        outcomes = own.array("outcomes", self._outcomes.shape, np.float64)
+        weights = own.array("weights", (*self._shape, len(self.sources)), np.float64)
+        outcomes = own.array("outcomes", self._shape, np.float64)
         if not np.allclose(weights.sum(axis=-1), 1.0) or weights.min() < 0:
             raise StateError("the weights of a mixture must be shares that sum to one")
         if not outcomes.min() >= 0:
@@ -168,8 +170,10 @@ class Hybrid(LearningDrafter):
             for source in learning:
                 source.restore(before[source.name])
             raise
-        self._weights, self._outcomes = weights, outcomes
-        self._weights_of = {}
+        self._trust = {
+            classes: _Trust(weights[classes].tolist(), float(outcomes[classes]))
+            for classes in zip(*map(np.ndarray.tolist, np.nonzero(outcomes)), strict=True)
+        }
 
     def mix(self, rows: Sequence[Guesses]) -> _Mixture:
         """Returns the mixture of what the sources guess at one node."""
@@ -177,9 +181,10 @@ class Hybrid(LearningDrafter):
         classes = tuple(
             [1 + bisect_left(_CLASSES, chances[0]) if chances else 0 for _, chances in rows]
         )
-        weights = self._weights_of.get(classes)
-        if weights is None:
-            weights = self._weights_of[classes] = self._weights[classes].tolist()
+        trust = self._trust.get(classes)
+        if trust is None:
+            trust = self._trust[classes] = _Trust([1.0 / len(rows)] * len(rows))
+        weights = trust.weights
         mixed: dict[int, float] = {}
         for weight, (tokens, chances) in zip(weights, rows, strict=True):
             own = zip(tokens[:_SHORTLIST], chances, strict=False)
@@ -191,18 +196,21 @@ class Hybrid(LearningDrafter):
                 mixed = {token: weight * chance for token, chance in own}
         ranked = sorted(mixed, key=mixed.__getitem__, reverse=True)
         guesses = Guesses(ranked, list(map(mixed.__getitem__, ranked)))
-        return _Mixture(guesses, rows, weights, classes)
+        return _Mixture(guesses, rows, weights, trust)
 
-    def _learn(self, mixture: _Mixture, token: int) -> None:
+    @staticmethod
+    def _learn(mixture: _Mixture, token: int) -> None:
         own = zip(mixture.weights, mixture.rows, strict=True)
-        shares = np.array([weight * _chance_of(token, row) for weight, row in own])
-        if not shares.any():
+        shares = [weight * _chance_of(token, row) for weight, row in own]
+        total = sum(shares)
+        if not total:
             return
-        place = mixture.classes
-        self._outcomes[place] += 1
-        rate = max(_SLOWEST_RATE, 1 / (self._outcomes[place] + _PRIOR_OUTCOMES))
-        self._weights[place] += rate * (shares / shares.sum() - self._weights[place])
-        self._weights_of.pop(place, None)
+        trust = mixture.trust
+        trust.outcomes += 1
+        rate = max(_SLOWEST_RATE, 1 / (trust.outcomes + _PRIOR_OUTCOMES))
+        pairs = zip(trust.weights, shares, strict=True)
+        # new ones: a mixture keeps those that it was made with
+        trust.weights = [weight + rate * (share / total - weight) for weight, share in pairs]
 
     def _united_needs(self) -> DrafterNeeds:
         needs = [source.needs for source in self.sources]
@@ -216,6 +224,7 @@ class Hybrid(LearningDrafter):
         return DrafterNeeds(
             max(own.prompt_top_k for own in needs),
             tuple(layers),
+            max(own.node_top_k for own in needs),
             probing[0].needs.probes if probing else None,
         )
 
@@ -233,12 +242,18 @@ class Hybrid(LearningDrafter):
     def _learners(self) -> list[LearningDrafter]:
         return [source for source in self.sources if isinstance(source, LearningDrafter)]
 
-    def _forget(self) -> None:
-        count = len(self.sources)
-        shape = (len(_CLASSES) + 2,) * count
-        self._weights = np.full((*shape, count), 1.0 / count)
-        self._outcomes = np.zeros(shape)
-        self._weights_of = {}
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Classes of each source: none without a row, else by the chance of its first token."""
+        return (len(_CLASSES) + 2,) * len(self.sources)
+
+
+@dataclass(slots=True)
+class _Trust:
+    """The weights of the sources where each is of some class, and outcomes they were moved by."""
+
+    weights: list[float]
+    outcomes: float = 0.0
 
 
 class _Mixture(NamedTuple):
@@ -247,7 +262,7 @@ class _Mixture(NamedTuple):
     guesses: Guesses
     rows: Sequence[Guesses]
     weights: list[float]
-    classes: tuple[int, ...]
+    trust: _Trust
 
 
 class _MixedLaw:

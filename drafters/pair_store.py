@@ -122,6 +122,8 @@ class PairStore:
         ids: np.ndarray,
         log_shares: np.ndarray,
         order: Sequence[int] | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         """Stores rows; of one pair the last row stays, and an older one is replaced.
 
@@ -131,6 +133,7 @@ class PairStore:
             ids: ``[n, k]`` successors, best first; padding is -1.
             log_shares: ``[n, k]`` log of each one's share, -inf beside padding.
             order: in which rows come, every one of them; as they stand for None.
+            alone: whether to store each under its second token alone, too.
         """
         if not len(seconds):
             return
@@ -140,6 +143,8 @@ class PairStore:
         numbers = range(len(seconds)) if order is None else order
         # of equal keys the last: a dict takes a third of the time of numpy's sorting
         rows = {(firsts[row] + 1) << 32 | (seconds[row] + 1): row for row in numbers}
+        if alone:
+            rows |= {seconds[row] + 1: row for row in numbers}
         if len(rows) <= _FEW:
             self._write_each(rows, ids, log_shares)
         else:

@@ -8,10 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.kernels.top_k_rows import top_k_rows
+from specdec.top_tokens import top_tokens
 from specdec.types import StepOutcome
-
-_MOST_COPIED = 1 << 20  # entries; 4 MB of float32, what fits in the caches of one core
 
 
 class ScoredNodes(NamedTuple):
@@ -38,7 +36,12 @@ class ScoredNodes(NamedTuple):
 
     @classmethod
     def of(cls, outcomes: Sequence[StepOutcome], k: int) -> ScoredNodes:
-        """Returns the nodes of all rows, with the k likeliest tokens behind each."""
+        """Returns the nodes of all rows, with the k likeliest tokens behind each.
+
+        Args:
+            outcomes: best with k likeliest tokens at least (`DrafterNeeds.node_top_k`).
+            k: entries of a node.
+        """
         tokens: list[int] = []
         parents: list[int] = []
         visited: list[int] = []
@@ -54,15 +57,17 @@ class ScoredNodes(NamedTuple):
             depths, on_path = tree.depth_list, set(path)
             places = range(first, len(tokens))
             order += sorted(places, key=lambda n: (n in on_path, depths[n - first]))
-        rows = [outcome.logits[: len(outcome.tree)] for outcome in outcomes]
-        # one selection for all small trees: its launches cost more than the copy
-        if len(rows) > 1 and sum(map(Tensor.numel, rows)) <= _MOST_COPIED:
-            rows = [torch.cat(rows)]
-        top = [top_k_rows(one, k) for one in rows]
-        logits, ids = top[0] if len(top) == 1 else map(torch.cat, zip(*top, strict=True))
-        return cls(tokens, parents, visited, emitted, order, ids.cpu(), logits.cpu())
+        tops = [outcome.top for outcome in outcomes if outcome.top is not None]
+        if len(tops) < len(outcomes):
+            tops = top_tokens([outcome.logits[: len(outcome.tree)] for outcome in outcomes], k)
+        ids, logits = _joined([top.ids for top in tops]), _joined([top.logits for top in tops])
+        return cls(tokens, parents, visited, emitted, order, ids[:, :k], logits[:, :k])
 
     def tokens_above(self, roots: Sequence[int]) -> list[int]:
         """Returns the token above each of the n nodes; `roots` are those above the roots."""
         tokens, above = self.tokens, iter(roots)
         return [next(above) if parent < 0 else tokens[parent] for parent in self.parents]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -70,7 +70,9 @@ class Trigram(LearningDrafter):
     ) -> None:
         self._store = PairStore(num_pairs, num_successors)
         self._k = num_successors
-        self.needs = DrafterNeeds(prompt_top_k=num_successors if prompt_rows else 0)
+        self.needs = DrafterNeeds(
+            prompt_top_k=num_successors if prompt_rows else 0, node_top_k=num_successors
+        )
         self._vocab_size = 0  # 0: not attached yet
         self._num_seen = 0  # one above the largest id of a corpus
         self._before: dict[int, int] = {}  # the token before the root, by row
@@ -261,8 +263,7 @@ class Trigram(LearningDrafter):
     ) -> None:
         shares = torch.log_softmax(logits.float(), dim=-1).to(torch.float16).numpy()
         successors = ids.numpy().astype(np.int32)
-        self._store.write(firsts, seconds, successors, shares, order)
-        self._store.write([NO_TOKEN] * len(seconds), seconds, successors, shares, order)
+        self._store.write(firsts, seconds, successors, shares, order, alone=True)
 
 
 class _PairLaw(ListedLaw):

@@ -22,16 +22,25 @@ _SOURCE = Path(__file__).with_suffix(".c")
 def top_k_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Returns values and ids ``[N, k]`` of the k largest entries of each row, largest first.
 
-    On a CPU in float32 by C code where that can be compiled: of equal entries it takes the first.
+    NaN counts as the largest.
 
     Args:
-        logits: ``[N, V]`` floating point, without NaN.
+        logits: ``[N, V]`` floating point.
         k: at most V.
     """
-    native = logits.device.type == "cpu" and logits.dtype == torch.float32
-    if native and 0 < k <= min(_MOST_NATIVE, logits.shape[1]) and why_not(_SOURCE) is None:
+    if takes_first(logits, k):
         return top_k_rows_native(logits, k)
     return top_k_rows_blocked(logits, k)
+
+
+def takes_first(logits: Tensor, k: int) -> bool:
+    """Returns whether `top_k_rows` takes the first of equal entries, as an argmax does.
+
+    So it is on a CPU in float32, where it runs C code, if that can be compiled.
+    """
+    native = logits.device.type == "cpu" and logits.dtype == torch.float32
+    fits = 0 < k <= min(_MOST_NATIVE, logits.shape[-1])
+    return native and fits and why_not(_SOURCE) is None
 
 
 def top_k_rows_native(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
+from specdec.backend.cache_name import CACHE_NAMES, LIBRARY_CACHE_NAME, cache_in
 from specdec.errors import ConfigError
 
 _ALLOWED_MODES = {
@@ -96,7 +97,7 @@ def take_over(
     for flag in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, flag):
             raise ConfigError(f"{flag} is not supported: a pass holds branches that are no text")
-    known = {"attention_mask", "past_key_values", *_IGNORED_MODEL_KWARGS}
+    known = {"attention_mask", *CACHE_NAMES, *_IGNORED_MODEL_KWARGS}
     extra = [k for k, value in model_kwargs.items() if k not in known and value is not None]
     if extra:
         raise ConfigError(
@@ -111,7 +112,7 @@ def take_over(
         processors=logits_processor,
         criteria=stopping_criteria,
         config=generation_config,
-        past=model_kwargs.get("past_key_values"),
+        past=cache_in(model_kwargs),
         fill_past=True,
     )
 
@@ -125,6 +126,10 @@ def prepare(model: Any, tokenizer: Any, inputs: Tensor | None, arguments: dict[s
     """
     arguments = dict(arguments)
     _refuse(inputs, arguments)
+    past = [arguments.pop(name, None) for name in CACHE_NAMES]
+    given = next((cache for cache in past if cache is not None), None)
+    if given is not None:
+        arguments[LIBRARY_CACHE_NAME] = given
     tokenizer = arguments.pop("tokenizer", None) or tokenizer
     criteria = StoppingCriteriaList(arguments.pop("stopping_criteria", None) or ())
 
@@ -151,8 +156,7 @@ def prepare(model: Any, tokenizer: Any, inputs: Tensor | None, arguments: dict[s
         call: Call = model.generate(
             inputs, stopping_criteria=criteria, custom_generate=capture, **arguments
         )
-    given = arguments.get("past_key_values") is not None
-    call.fill_past = given or bool(call.config.return_dict_in_generate)
+    call.fill_past = given is not None or bool(call.config.return_dict_in_generate)
     return call
 
 
@@ -163,6 +167,8 @@ def _refuse(inputs: Tensor | None, arguments: dict[str, Any]) -> None:
     for name in ("inputs_embeds", "position_ids"):
         if arguments.get(name) is not None:
             raise ConfigError(f"{name} is not supported: positions and ids come from the tree")
+    if all(arguments.get(name) is not None for name in CACHE_NAMES):
+        raise ConfigError(f"{' and '.join(CACHE_NAMES)} are one argument; give one of them")
     if arguments.get("custom_generate") is not None:
         raise ConfigError("custom_generate would replace the speculative loop; drop one of the two")
     if ids is None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,9 +52,9 @@ class PassCost:
     rows: tuple[int, ...]
     contexts: tuple[int, ...]
     seconds: tuple[tuple[float, ...], ...]
-    _knots: np.ndarray = field(init=False, repr=False, compare=False)
-    _near: np.ndarray = field(init=False, repr=False, compare=False)
-    _farther: np.ndarray = field(init=False, repr=False, compare=False)
+    _knots: list[int] = field(init=False, repr=False, compare=False)
+    _near: list[float] = field(init=False, repr=False, compare=False)
+    _farther: list[float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shapes = [len(of_context) for of_context in self.seconds]
@@ -69,22 +70,31 @@ class PassCost:
             raise ConfigError("the seconds of a cost table must be positive")
         far = self._drawn(self.seconds[-1])
         near = np.minimum(self._drawn(self.seconds[0]), far)  # longer prefixes cost no less
-        object.__setattr__(self, "_knots", np.array([*self.rows, _FAR]))
-        object.__setattr__(self, "_near", near)
-        object.__setattr__(self, "_farther", far - near)
+        object.__setattr__(self, "_knots", [*self.rows, _FAR])
+        object.__setattr__(self, "_near", near.tolist())
+        object.__setattr__(self, "_farther", (far - near).tolist())
 
-    def of(self, rows: np.ndarray | int, context: float) -> np.ndarray:
+    def of(self, rows: Sequence[float], context: float) -> list[float]:
         """Returns seconds for numbers of nodes, linear between and beyond the measured points.
 
+        In plain lists: each step asks for a few numbers, for which numpy's calls take longer.
+
         Args:
-            rows: at least 1, any shape; fractions, of means, are served too.
+            rows: at least 1 each; fractions, of means, are served too.
             context: tokens before the trees; the mean over a batch's rows.
         """
-        seconds = self._near
+        knots, seconds = self._knots, self._near
         if len(self.contexts) > 1:
             share = (context - self.contexts[0]) / (self.contexts[-1] - self.contexts[0])
-            seconds = seconds + max(share, 0.0) * self._farther
-        costs: np.ndarray = np.interp(rows, self._knots, seconds)
+            share = max(share, 0.0)
+            farther = zip(seconds, self._farther, strict=True)
+            seconds = [near + share * more for near, more in farther]
+        costs = []
+        for number in rows:
+            right = min(bisect_right(knots, number, 1), len(knots) - 1)
+            left = knots[right - 1]
+            share = max(number - left, 0) / (knots[right] - left)
+            costs.append(seconds[right - 1] + share * (seconds[right] - seconds[right - 1]))
         return costs
 
     def _drawn(self, measured: Sequence[float]) -> np.ndarray:

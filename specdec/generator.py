@@ -156,9 +156,9 @@ class SpeculativeGenerator:
                 and the seed. None takes one from torch's global generator.
             **kwargs: as for `model.generate`: generation_config, max_new_tokens, do_sample,
                 temperature, logits_processor, stopping_criteria, streamer, stop_strings,
-                return_dict_in_generate, past_key_values, ... `prompt_lookup_num_tokens` and
-                `assistant_model`, with `tokenizer` and `assistant_tokenizer` where they differ,
-                work as migration aliases.
+                return_dict_in_generate, past_key_values (or `cache`, its name since transformers
+                5.24), ... `prompt_lookup_num_tokens` and `assistant_model`, with `tokenizer` and
+                `assistant_tokenizer` where they differ, work as migration aliases.
 
         Returns:
             ``[B, T + new]`` ids with the prompts, or a `GenerateDecoderOnlyOutput`.

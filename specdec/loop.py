@@ -28,7 +28,7 @@ from specdec.stats import DecodeStats
 from specdec.stopping import RowStopper
 from specdec.target import Scores, TargetModel
 from specdec.trees.tree import DraftTree
-from specdec.types import Drafter, StepOutcome, TreePolicy, Verifier
+from specdec.types import Drafter, StepOutcome, TopTokens, TreePolicy, Verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,9 +189,11 @@ class DecodeLoop:
             upcoming = self._parts.budget.drafts_next(len(active))
             scores = self._target.score(trees, probes=upcoming)
             self._stats.target_passes += 1
+        with self._stats.timed("verify"):
+            tops = self._target.top_tokens(trees, scores)
         try:
-            for row, tree, row_logits in zip(active, trees, scores.logits, strict=True):
-                self._verify(row, tree, row_logits, steps)
+            for row, tree, logits, top in zip(active, trees, scores.logits, tops, strict=True):
+                self._verify(row, tree, logits, steps, top)
         finally:
             for step in steps:
                 self.rows[step.row].stats.record(step.tree, step.path, len(step.tokens))
@@ -203,7 +205,10 @@ class DecodeLoop:
             self._parts.budget.scored(nodes, context, self._pass_seconds - before)
             with self._stats.timed("observe"):
                 begin = time.perf_counter()
-                outcomes = [_outcome(step, scores, place) for place, step in enumerate(steps)]
+                outcomes = [
+                    _outcome(step, scores, place, top)
+                    for place, (step, top) in enumerate(zip(steps, tops, strict=True))
+                ]
                 self._parts.drafter.observe(outcomes)
                 for outcome in outcomes:
                     self._parts.policy.observe(outcome)
@@ -217,7 +222,14 @@ class DecodeLoop:
         """Seconds of the passes so far; verifying waits for what a device has not done yet."""
         return self._stats.seconds["target"] + self._stats.seconds["verify"]
 
-    def _verify(self, row: Row, tree: DraftTree, logits: Tensor, steps: list[Step]) -> None:
+    def _verify(
+        self,
+        row: Row,
+        tree: DraftTree,
+        logits: Tensor,
+        steps: list[Step],
+        top: TopTokens | None = None,
+    ) -> None:
         """Lets the verifier decide; adds to `steps` what became text, also when it raises."""
         verifier = self._parts.verifier
         step = Step(row.index, [], tree, [], logits[: len(tree)])
@@ -230,6 +242,7 @@ class DecodeLoop:
             root_position=row.root_position,
             ends=row.stopper.eos_token_ids,
             reach=partial(row.reach, step) if verifier.walks_down else None,
+            top=top,
         )
         try:
             with self._stats.timed("verify"), suppress(RowEnded):
@@ -256,7 +269,7 @@ class DecodeLoop:
                 self.places[place], self.places[last] = self.places[last], self.places[place]
 
 
-def _outcome(step: Step, scores: Scores, place: int) -> StepOutcome:
+def _outcome(step: Step, scores: Scores, place: int, top: TopTokens | None) -> StepOutcome:
     """Returns what drafter, policy and budget learn of a row's step."""
     nodes = len(step.tree)
     return StepOutcome(
@@ -267,4 +280,5 @@ def _outcome(step: Step, scores: Scores, place: int) -> StepOutcome:
         scores.logits[place],
         None if scores.features is None else scores.features[place, :nodes],
         None if scores.probes is None else scores.probes[place, :nodes],
+        top,
     )

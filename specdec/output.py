@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from specdec.backend.cache_name import LIBRARY_CACHE_NAME
 from specdec.backend.exchange import export_cache
 from specdec.call import Call
 from specdec.loop import DecodeLoop
@@ -32,7 +33,7 @@ def collect(
     past = _fill_cache(call, inputs, loop, config) if call.fill_past else None
     if not call.config.return_dict_in_generate:
         return sequences
-    fields: dict[str, Any] = {"sequences": sequences, "past_key_values": past}
+    fields: dict[str, Any] = {"sequences": sequences, LIBRARY_CACHE_NAME: past}
     if call.config.output_scores:
         fields["scores"] = _stack([row.scores for row in loop.rows])
     if call.config.output_logits:

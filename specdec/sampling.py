@@ -15,6 +15,7 @@ from specdec.kernels.argmax import argmax_row
 
 if TYPE_CHECKING:
     from specdec.trees.tree import DraftTree
+    from specdec.types import TopTokens
 
 
 class Prefix:
@@ -88,6 +89,7 @@ class ProcessedLaw:
             nothing to answer there), not even for rules that look at nodes which are no text yet.
         reach: called with this law and a node before anything is computed there; for rules that
             walk down, since to ask about a node is to accept its path. May end the walk by raising.
+        top: the likeliest tokens behind the nodes, if they are known.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class ProcessedLaw:
         root_position: int,
         ends: frozenset[int] = frozenset(),
         reach: Callable[[ProcessedLaw, int], None] | None = None,
+        top: TopTokens | None = None,
     ) -> None:
         self.greedy = greedy
         self._tree = tree
@@ -111,6 +114,7 @@ class ProcessedLaw:
         self._root_length = prefix.length
         self._ends = ends
         self._reach = reach
+        self._top = top
         # by the path's tokens: independent draws may repeat, and one prefix has one row
         self._scores: dict[tuple[int, ...], Tensor] = {}
         self.processor_seconds = 0.0
@@ -153,9 +157,15 @@ class ProcessedLaw:
         if not self._processors:
             if self._reach is not None:
                 self._reach(self, node)
-            raw = self._logits[node]
-            best = argmax_row(raw)
-            self._check(float(raw[best]), node)
+            if self._top is not None and self._top.takes_first:
+                # numpy's indexing takes a tenth of torch's
+                best = int(self._top.ids.numpy()[node, 0])
+                largest = float(self._top.logits.numpy()[node, 0])
+            else:
+                raw = self._logits[node]
+                best = argmax_row(raw)
+                largest = float(raw[best])
+            self._check(largest, node)
             return best
         return argmax_row(self.scores(node))
 

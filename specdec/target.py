@@ -17,8 +17,9 @@ from specdec.backend.pads import PadGroups
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.kernels.tree_mask import ancestor_matrix
 from specdec.prefill import groups, slack_of, sources_of
+from specdec.top_tokens import top_tokens
 from specdec.trees.tree import DraftTree
-from specdec.types import DrafterNeeds, PromptRows
+from specdec.types import DrafterNeeds, PromptRows, TopTokens
 
 # of the rows of a pass together: bounds the logits when a drafter wants every prompt position, and
 # the masks of rows that go on from an earlier turn
@@ -67,6 +68,7 @@ class TargetModel:
         self._captured = captured
         self.cache = cache
         self._prompt_top_k = needs.prompt_top_k if needs else 0
+        self._node_top_k = needs.node_top_k if needs else 0
         self._tap = FeatureTap(backend.model, needs.layers) if needs and needs.layers else None
         self._pads: PadGroups | None = None
         if needs is not None and needs.probes is not None:
@@ -187,6 +189,20 @@ class TargetModel:
         # the next pass writes over them, and texts and drafters may keep what they are given
         features = None if features is None else features[:, :width].clone()
         return Scores(logits[:, :width].clone(), features)
+
+    def top_tokens(
+        self, trees: Sequence[DraftTree], scores: Scores
+    ) -> Sequence[TopTokens] | Sequence[None]:
+        """Returns the likeliest tokens behind the nodes of each tree, if the drafter asked for any.
+
+        Args:
+            trees: those that were scored.
+            scores: of them.
+        """
+        if not self._node_top_k:
+            return [None] * len(trees)
+        pairs = zip(scores.logits, trees, strict=True)
+        return top_tokens([logits[: len(tree)] for logits, tree in pairs], self._node_top_k)
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps each row's root and accepted nodes; everything else of the last pass is gone."""

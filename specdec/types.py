@@ -126,12 +126,27 @@ class PromptRows(NamedTuple):
     probes: Tensor | None = None
 
 
+class TopTokens(NamedTuple):
+    """The target's likeliest tokens behind each of n nodes.
+
+    Attributes:
+        ids: ``[n, k]`` int64 on the CPU, best first.
+        logits: ``[n, k]`` on the CPU, their raw logits; NaN counts as the largest.
+        takes_first: whether of equal logits the lowest id comes first, as for an argmax.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    takes_first: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class DrafterNeeds:
     """What a drafter wants to see of the target, beside the logits of its own tree nodes.
 
     Attributes:
         prompt_top_k: entries per prompt position handed to `Drafter.start`; 0 for none.
+        node_top_k: entries per node of a scored tree, in `StepOutcome.top`; 0 for none.
         layers: the target's layers whose outputs it reads, 0 the first, negative from the end; they
             come as features, one behind the other, with the prompt and with every step's nodes.
         probes: ``[g, D]`` vectors that enter the target's pass in place of token embeddings, as g
@@ -142,6 +157,7 @@ class DrafterNeeds:
 
     prompt_top_k: int = 0
     layers: tuple[int, ...] = ()
+    node_top_k: int = 0
     probes: Tensor | None = field(default=None, compare=False)
 
     @property
@@ -219,6 +235,7 @@ class StepOutcome:
         features: ``[N, F]`` of all nodes, see `DrafterNeeds.layers`; None if not asked for.
         probes: ``[N, g, V]`` raw logits of the slots behind all nodes, see `DrafterNeeds.probes`;
             None if not asked for, or if the budget says that the next step will not draft.
+        top: of all nodes, see `DrafterNeeds.node_top_k`; None if not asked for.
     """
 
     row: int
@@ -228,6 +245,7 @@ class StepOutcome:
     logits: Tensor
     features: Tensor | None = None
     probes: Tensor | None = None
+    top: TopTokens | None = None
 
 
 class DraftLaw(Protocol):

@@ -14,6 +14,7 @@ from transformers import DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from specdec import SpeculativeGenerator
+from specdec.backend.cache_name import CACHE_NAMES
 from specdec.drafters import PromptLookup, TokenRecycling
 from specdec.drafters.base import BaseDrafter
 from specdec.errors import BusyError, ConfigError, LogitsError
@@ -144,6 +145,19 @@ def test_all_masked_rows_beside_a_filled_cache(model: Any) -> None:
         generator.generate(
             torch.tensor([[5, 6], [5, 6]]), attention_mask=mask, past_key_values=cache, **GREEDY
         )
+
+
+def test_two_caches_are_refused(model: Any) -> None:
+    both = {name: DynamicCache(config=model.config) for name in CACHE_NAMES}
+    with pytest.raises(ConfigError, match="cache and past_key_values are one argument"):
+        SpeculativeGenerator(model).generate(tiny.ids(PROMPT), **both, **GREEDY)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_cache_has_its_old_and_its_new_name(model: Any, name: str) -> None:
+    cache = DynamicCache(config=model.config)
+    output = SpeculativeGenerator(model).generate(tiny.ids(PROMPT), **{name: cache}, **GREEDY)
+    assert cache.get_seq_length() == output.shape[1] - 1
 
 
 # ---- drafters whose vocabulary does not fit ----

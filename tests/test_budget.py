@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from scipy.optimize import isotonic_regression
 from tape import Tape
 
 from specdec import SpeculativeGenerator
 from specdec.backend.capture_check import captured_passes
 from specdec.backend.probe import probed
 from specdec.budget import AutoBudget
-from specdec.budget.chances import RealisedChances
+from specdec.budget.chances import RealisedChances, rising
 from specdec.budget.levels import Levels
 from specdec.budget.pass_clock import PassClock
 from specdec.budget.pauses import Pauses
@@ -53,7 +54,7 @@ def simulate(
         if nodes:
             seconds += 0.02
             (tree,) = budget.cut([0], [chain(nodes, claimed)], 64, 0.02)
-        seconds += float(cost.of(np.array(len(tree)), 64))
+        seconds += cost.of([len(tree)], 64)[0]
         path = list(range(1, min(accepted(step), tree.num_drafted) + 1))
         budget.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
         widths.append(tree.num_drafted)
@@ -183,14 +184,23 @@ def test_what_is_grown_must_promise_what_a_node_costs() -> None:
 
 def test_a_bucket_of_which_little_is_known_goes_by_all_claims() -> None:
     chances = RealisedChances()
-    first = chances.expected(1, np.array([0.1, 0.9]))
+    first = chances.expected(1, [0.1, 0.9])
     for step in range(40):
         path = [1] if step % 10 == 0 else []
         tree = chain(1, 0.9)
         chances.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
-    later = chances.expected(1, np.array([0.1, 0.9]))
+    later = chances.expected(1, [0.1, 0.9])
     assert later[1] < 0.25 < first[1]
     assert later[0] < 0.5 * first[0]  # never scored, and yet thought less of
+
+
+def test_what_must_not_fall_is_scipys_isotonic_regression() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        values = generator.choice([0.1, 0.3, 0.4, 0.7], size=14)
+        weights = generator.uniform(0.1, 9.0, size=14)
+        expected = isotonic_regression(values, weights=weights).x
+        assert rising(values.tolist(), weights.tolist()) == pytest.approx(expected.tolist())
 
 
 def test_pauses_get_longer_and_end_with_a_gain() -> None:
@@ -287,12 +297,12 @@ class TestPassCost:
     table = PassCost((1, 4, 8), (100, 300), ((1.0, 1.5, 1.4), (2.0, 2.5, 4.5)))
 
     def test_is_linear_between_points_and_beyond(self) -> None:
-        costs = self.table.of(np.array([1, 2, 4, 8, 12]), 100)
+        costs = self.table.of([1, 2, 4, 8, 12], 100)
         assert costs == pytest.approx([1.0, 1.0 + 0.4 / 3, 1.4, 1.4, 1.4])
-        assert self.table.of(np.array(12), 300) == pytest.approx(6.5)
-        assert self.table.of(np.array(1), 200) == pytest.approx(1.5)
-        assert self.table.of(np.array(1), 500) == pytest.approx(3.0)
-        assert self.table.of(np.array(1), 1) == pytest.approx(1.0)
+        assert self.table.of([12], 300) == pytest.approx([6.5])
+        assert self.table.of([1], 200) == pytest.approx([1.5])
+        assert self.table.of([1], 500) == pytest.approx([3.0])
+        assert self.table.of([1], 1) == pytest.approx([1.0])
 
     def test_comes_back_from_its_file(self, tmp_path: Path) -> None:
         self.table.save(tmp_path / "a" / "costs.json", facts={"device": "cpu"})
@@ -351,10 +361,10 @@ def test_pass_costs_follow_the_passes_of_the_text() -> None:
         true = 1.2 + 0.05 * (nodes - 1)
         pause = 9.0 if generator.random() < 0.03 else 0.0
         clock.scored(nodes, 64, true * float(generator.uniform(0.9, 1.1)) + pause)
-    assert clock.of(np.array([1, 5, 9]), 64) == pytest.approx([1.2, 1.4, 1.6], rel=0.12)
+    assert clock.of([1, 5, 9], 64) == pytest.approx([1.2, 1.4, 1.6], rel=0.12)
     table = PassClock(CHEAP, follows=False)
     table.scored(9, 64, 5.0)
-    assert table.of(np.array([1, 65]), 64) == pytest.approx([1.0, 1.6])
+    assert table.of([1, 65], 64) == pytest.approx([1.0, 1.6])
 
 
 @pytest.mark.parametrize(

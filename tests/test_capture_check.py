@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from specdec import SpeculativeGenerator
 from specdec.backend import packed
+from specdec.backend.cache_name import cache_in
 from specdec.backend.capture_check import HostReads, captured_passes
 from specdec.backend.model_state import foreign_hook, model_state
 from specdec.backend.probe import probed
@@ -98,9 +99,9 @@ def test_a_model_that_fixes_something_on_the_host_is_refused() -> None:
     attention = model.model.layers[0].self_attn
     forward = attention.forward
 
-    def scaled(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        length = past_key_values.get_seq_length()
-        output, weights = forward(*args, past_key_values=past_key_values, **kwargs)
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        length = cache_in(kwargs).get_seq_length()
+        output, weights = forward(*args, **kwargs)
         return output * (1.0 + length), weights
 
     attention.forward = scaled

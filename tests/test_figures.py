@@ -180,7 +180,7 @@ def test_the_calibrated_curve_follows_from_costs_and_counts(folder: Path) -> Non
         turns = sum(row["num_turns"] for row in pool.rows)
         texts = sum(row["num_prompt_tokens"] + row["num_generated"] / 2 for row in pool.rows)
         nodes = (passes + sum(row["num_drafted"] for row in pool.rows)) / passes
-        seconds = passes * float(COST.of(np.array(nodes), texts / turns)) + spent
+        seconds = passes * COST.of([nodes], texts / turns)[0] + spent
         emitted = sum(row["num_emitted"] for row in pool.rows)
         assert foretold[place] == pytest.approx(emitted / seconds)
 

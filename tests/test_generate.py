@@ -618,25 +618,27 @@ def test_allowed_tokens_are_asked_with_the_row_of_the_batch(model: Any, batch: b
 
 
 def test_allowed_tokens_of_samples_of_one_prompt(model: Any) -> None:
-    """transformers numbers the expanded rows, whose prompts are repeated."""
-    asked: set[int] = set()
+    """transformers numbers the prompts; before 5.24 the expanded rows, with repeated prompts."""
+    theirs: set[int] = set()
+    ours: set[int] = set()
 
-    def allowed(row: int, ids: Tensor) -> list[int]:
-        asked.add(row)
-        return list(range(10 + row * 10, 15 + row * 10))
+    def allowed(asked: set[int]) -> Any:
+        def function(number: int, ids: Tensor) -> list[int]:
+            asked.add(number)
+            return list(range(10 + number * 10, 15 + number * 10))
 
+        return function
+
+    arguments = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 8}
+    prompts = tiny.ids(PROMPT, PROMPT)
+    model.generate(prompts, prefix_allowed_tokens_fn=allowed(theirs), **arguments)
     output = SpeculativeGenerator(model).generate(
-        tiny.ids(PROMPT),
-        prefix_allowed_tokens_fn=allowed,
-        do_sample=True,
-        num_return_sequences=3,
-        max_new_tokens=8,
-        seed=1,
+        prompts, prefix_allowed_tokens_fn=allowed(ours), seed=1, **arguments
     )
-    assert asked == {0, 1, 2}
-    for row in range(3):
-        new = output[row, len(PROMPT) :]
-        assert all(10 + row * 10 <= token < 15 + row * 10 for token in new.tolist())
+    assert ours == theirs
+    for row, new in enumerate(output[:, len(PROMPT) :].tolist()):
+        number = row * len(theirs) // len(output)
+        assert all(10 + number * 10 <= token < 15 + number * 10 for token in new)
 
 
 def test_a_processor_with_a_memory_sees_every_prefix_once_and_in_order(model: Any) -> None:

@@ -251,10 +251,10 @@ def test_a_law_that_merely_keeps_guesses_is_not_looked_up() -> None:
 
 def test_a_hybrid_learns_from_what_was_looked_up() -> None:
     drafter = taught(Hybrid([Suffix(), Trigram()]))
-    before = drafter._weights.copy()
+    before = drafter.state().arrays["mixture/weights"]
     law = drafter.law(DraftContext(0, TEXT, 9))
     tree = grown(BestFirst(), law, Budget(6, 3))
     logits = torch.zeros(len(tree), VOCAB)
     token = tree.token_list[1]
     drafter.observe([StepOutcome(0, tree, [1], [token, 5], logits)])
-    assert (drafter._weights != before).any()
+    assert (drafter.state().arrays["mixture/weights"] != before).any()

@@ -43,6 +43,19 @@ def test_top_k_reads_a_strided_input(function, view):
     assert torch.equal(function(logits, 4)[1], torch.topk(logits, 4).indices)
 
 
+@pytest.mark.parametrize("function", TOP_K)
+@pytest.mark.parametrize("place", [0, 5, 130, 299])
+def test_nan_is_the_largest(function, place):
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(1))
+    best = logits[0].argmax()
+    logits[:, place] = torch.nan
+    logits[1, 17] = torch.nan
+    values, ids = function(logits, 3)
+    assert ids[0, :2].tolist() == [place, int(best)]
+    assert set(ids[1, :2].tolist()) == {place, 17}
+    assert values.isnan().tolist() == [[True, False, False], [True, True, False]]
+
+
 @needs_compiler
 def test_native_top_k_takes_the_first_of_equal_entries():
     logits = torch.zeros(3, 300)

@@ -83,11 +83,10 @@ def test_independent_draws_may_repeat_a_token() -> None:
 @pytest.mark.parametrize(
     ("tokens", "parents", "draws", "q_row", "q", "message"),
     [
-        ([], [], None, None, None, r"tokens must be \[N\] with N >= 1, got \(0,\)"),
-        ([[1, 2]], [-1], None, None, None, r"N >= 1, got \(1, 2\)"),
-        ([0, 1], [-1], None, None, None, r"parents must be \[2\] like tokens, got \(1,\)"),
-        ([0, 1], [-1, 0], [POINT], None, None, r"draws must be \[2\] like tokens, got \(1,\)"),
-        ([0, 1], [-1, 0], None, [-1], None, r"q_row must be \[2\] like tokens, got \(1,\)"),
+        ([], [], None, None, None, "a tree has N >= 1 tokens, the root's first; got none"),
+        ([0, 1], [-1], None, None, None, "parents must have 2 entries, one for each token, got 1"),
+        ([0, 1], [-1, 0], [POINT], None, None, "draws must have 2 entries, .* got 1"),
+        ([0, 1], [-1, 0], None, [-1], None, "q_row must have 2 entries, .* got 1"),
         ([0, 1], [0, 0], None, None, None, r"parents\[0\] must be -1 \(the root\), got 0"),
         ([0, 1], [-1, 1], None, None, None, r"parents\[1\] must be in 0\.\.0, got 1"),
         ([0, 1, 2], [-1, 0, -1], None, None, None, r"parents\[2\] must be in 0\.\.1, got -1"),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,24 +20,25 @@ if TYPE_CHECKING:
 _SUM_TOLERANCE = 1e-3  # float16 logits normalised in float32 stay well inside
 # plain numbers: a comparison with an enum's member takes ten times as long
 _DRAWS = frozenset(map(int, Draw))
+_ROOT_DRAW = int(Draw.POINT)
 _FROM_LAWS = frozenset({int(Draw.IID), int(Draw.WOR)})
 
 
 @dataclass(frozen=True, eq=False)
 class DraftTree:
-    """One sequence's guesses, checked on construction.
+    """One sequence's guesses, checked on construction; in plain lists, since trees are walked.
 
     Attributes:
-        tokens: ``[N]`` int64. Node 0 is the last committed token.
-        parents: ``[N]`` int32. ``parents[0] = -1`` and ``parents[i] < i``; siblings are TESTED IN
-            INDEX ORDER.
-        draws: ``[N]`` int8 `Draw` codes: how each node's token came to be (the root: POINT).
-        q_row: ``[N]`` int32: the row of `q` that the node was drawn from, -1 for a point mass.
+        token_list: token of each of the N nodes. Node 0 is the last committed token.
+        parent_list: its parent: -1 for node 0, else a node before it; siblings are TESTED IN INDEX
+            ORDER.
+        draw_list: its `Draw` code: how its token came to be (the root: POINT).
+        q_row_list: the row of `q` that it was drawn from, -1 for a point mass.
         q: the draft laws, one row for each expanding parent: ``log_probs [R, V]``, or sparse
             ``[R, k]`` beside ``ids``. None when every node is a point mass.
-        chances: ``[N]`` float32: the drafter's probability of each node's token at its parent, NaN
-            where it is not known; of a COUPLED node the policy's, which has seen the noise.
-            Drawings and cost models read it, no acceptance rule does.
+        chance_list: the drafter's probability of each node's token at its parent, NaN where it is
+            not known; of a COUPLED node the policy's, which has seen the noise. Drawings and cost
+            models read it, no acceptance rule does.
         handles: what the draft law calls each node, so that drafter and policy find what they
             noted about it; None for a tree that was not grown from a law.
         grown: the tree that this one was cut from; None if nothing was cut.
@@ -47,12 +47,12 @@ class DraftTree:
         TreeError: if any of this does not hold.
     """
 
-    tokens: Tensor
-    parents: Tensor
-    draws: Tensor
-    q_row: Tensor
-    q: LawRows | None = None
-    chances: Tensor | None = None
+    token_list: list[int]
+    parent_list: list[int]
+    draw_list: list[int]
+    q_row_list: list[int]
+    q: LawRows | None
+    chance_list: list[float]
     handles: tuple[int, ...] | None = None
     grown: DraftTree | None = None
 
@@ -64,18 +64,18 @@ class DraftTree:
         draws: Sequence[int] | None = None,
         q_row: Sequence[int] | None = None,
         q: LawRows | None = None,
-        chances: Sequence[float] | np.ndarray | None = None,
+        chances: Iterable[float] | None = None,
         handles: Sequence[int] | None = None,
     ) -> DraftTree:
-        """Returns a tree from plain lists; without `draws` every node is a point mass."""
+        """Returns a tree of copies of what is given; without `draws` every node is a point mass."""
         count = len(tokens)
         return cls(
-            tokens=_column(tokens, np.int64),
-            parents=_column(parents, np.int32),
-            draws=_column(draws or [int(Draw.POINT)] * count, np.int8),
-            q_row=_column(q_row or [-1] * count, np.int32),
+            token_list=list(map(int, tokens)),
+            parent_list=list(map(int, parents)),
+            draw_list=list(map(int, draws)) if draws else [int(Draw.POINT)] * count,
+            q_row_list=list(map(int, q_row)) if q_row else [-1] * count,
             q=q,
-            chances=None if chances is None else _column(chances, np.float32),
+            chance_list=[math.nan] * count if chances is None else list(map(float, chances)),
             handles=None if handles is None else tuple(handles),
         )
 
@@ -85,23 +85,28 @@ class DraftTree:
         return cls.from_lists([token], [-1])
 
     def __post_init__(self) -> None:
-        if self.tokens.ndim != 1 or len(self.tokens) == 0:
-            raise TreeError(f"tokens must be [N] with N >= 1, got {tuple(self.tokens.shape)}")
-        shape = self.tokens.shape
-        for name in ("parents", "draws", "q_row", "chances"):
-            column = getattr(self, name)
-            if column is not None and column.shape != shape:
+        count = len(self.token_list)
+        if count == 0:
+            raise TreeError("a tree has N >= 1 tokens, the root's first; got none")
+        columns: dict[str, Sequence[float]] = {
+            "parents": self.parent_list,
+            "draws": self.draw_list,
+            "q_row": self.q_row_list,
+            "chances": self.chance_list,
+        }
+        for name, column in columns.items():
+            if len(column) != count:
                 raise TreeError(
-                    f"{name} must be [{len(self.tokens)}] like tokens, got {tuple(column.shape)}"
+                    f"{name} must have {count} entries, one for each token, got {len(column)}"
                 )
         if self.parent_list[0] != -1:
             raise TreeError(f"parents[0] must be -1 (the root), got {self.parent_list[0]}")
-        for node, parent in enumerate(self.parent_list[1:], start=1):
-            if not 0 <= parent < node:
+        for node, parent in enumerate(self.parent_list):
+            if not 0 <= parent < node and node:
                 raise TreeError(f"parents[{node}] must be in 0..{node - 1}, got {parent}")
         if min(self.token_list) < 0:
             raise TreeError("token ids must not be negative")
-        if not set(self.draw_list) <= _DRAWS or self.draw_list[0] != Draw.POINT:
+        if not _DRAWS.issuperset(self.draw_list) or self.draw_list[0] != _ROOT_DRAW:
             raise TreeError(f"draws must be Draw codes, POINT for the root, got {self.draw_list}")
         if self.drawn_nodes:
             self._check_laws()
@@ -153,30 +158,30 @@ class DraftTree:
         """Nodes without the root."""
         return len(self.token_list) - 1
 
-    @cached_property
-    def token_list(self) -> list[int]:
-        """`tokens` as a list; walking a tree node by node is faster on lists."""
-        return self.tokens.tolist()
+    @property
+    def tokens(self) -> Tensor:
+        """``[N]`` int64 of `token_list`."""
+        return torch.tensor(self.token_list)
 
-    @cached_property
-    def parent_list(self) -> list[int]:
-        """`parents` as a list."""
-        return self.parents.tolist()
+    @property
+    def parents(self) -> Tensor:
+        """``[N]`` int32 of `parent_list`."""
+        return torch.tensor(self.parent_list, dtype=torch.int32)
 
-    @cached_property
-    def draw_list(self) -> list[int]:
-        """`draws` as a list."""
-        return self.draws.tolist()
+    @property
+    def draws(self) -> Tensor:
+        """``[N]`` int8 of `draw_list`."""
+        return torch.tensor(self.draw_list, dtype=torch.int8)
 
-    @cached_property
-    def q_row_list(self) -> list[int]:
-        """`q_row` as a list."""
-        return self.q_row.tolist()
+    @property
+    def q_row(self) -> Tensor:
+        """``[N]`` int32 of `q_row_list`."""
+        return torch.tensor(self.q_row_list, dtype=torch.int32)
 
-    @cached_property
-    def chance_list(self) -> list[float]:
-        """`chances` as a list, NaN for every node when there are none."""
-        return [math.nan] * len(self) if self.chances is None else self.chances.tolist()
+    @property
+    def chances(self) -> Tensor:
+        """``[N]`` float32 of `chance_list`."""
+        return torch.tensor(self.chance_list)
 
     @cached_property
     def drawn_nodes(self) -> list[int]:
@@ -207,12 +212,11 @@ class DraftTree:
         return frozenset(map(Draw, set(self.draw_list[1:])))
 
     @cached_property
-    def path_chances(self) -> np.ndarray:
-        """``[N]`` float64 products of `chances` along the paths; an unknown one counts as even."""
-        own = [0.5 if math.isnan(chance) else chance for chance in self.chance_list]
-        products = np.ones(len(self))
-        for node, parent in enumerate(self.parent_list[1:], start=1):
-            products[node] = products[parent] * own[node]
+    def path_chances(self) -> list[float]:
+        """Products of `chances` along the path to each node; an unknown one counts as even."""
+        products = [1.0]
+        for chance, parent in zip(self.chance_list[1:], self.parent_list[1:], strict=True):
+            products.append(products[parent] * (0.5 if math.isnan(chance) else chance))
         return products
 
     def cut(self, nodes: Sequence[int]) -> DraftTree:
@@ -232,15 +236,13 @@ class DraftTree:
         missing = [node for node in kept[1:] if self.parent_list[node] not in places]
         if missing:
             raise TreeError(f"nodes {missing} would stay without their parents")
-        index = torch.tensor(kept)
-        parents = [-1, *(places[self.parent_list[node]] for node in kept[1:])]
-        return replace(
-            self,
-            tokens=self.tokens[index],
-            parents=torch.tensor(parents, dtype=torch.int32),
-            draws=self.draws[index],
-            q_row=self.q_row[index],
-            chances=None if self.chances is None else self.chances[index],
+        return DraftTree(
+            token_list=[self.token_list[node] for node in kept],
+            parent_list=[-1, *(places[self.parent_list[node]] for node in kept[1:])],
+            draw_list=[self.draw_list[node] for node in kept],
+            q_row_list=[self.q_row_list[node] for node in kept],
+            q=self.q,
+            chance_list=[self.chance_list[node] for node in kept],
             handles=None if self.handles is None else tuple(self.handles[node] for node in kept),
             grown=self.grown or self,
         )
@@ -289,7 +291,3 @@ class DraftTree:
         from specdec.trees.graph import tree_graph
 
         return tree_graph(self, decode, path, target_probs)
-
-
-def _column(values: Sequence[float] | np.ndarray, dtype: type[np.generic]) -> Tensor:
-    return torch.from_numpy(np.array(values, dtype=dtype))  # torch.tensor reads lists more slowly

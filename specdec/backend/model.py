@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specdec.backend.attention import GROUPED, attention_of, pays
 from specdec.backend.cache import LayerSpec, TreeCache
+from specdec.backend.cache_name import cache_argument
 from specdec.backend.masks import as_additive, tree_visibility
 from specdec.backend.packed import PackedLinears
 from specdec.backend.support import ModelTraits, read_traits
@@ -50,6 +51,7 @@ class TreeModel:
         self.tree_attention = tree_attention
         self.captured: CapturedPasses | None = None
         self._config = model.config.get_text_config(decoder=True)
+        self._cache_argument = cache_argument(model.forward)
         self._keeps_logits: bool = model._supports_logits_to_keep()
 
     @property
@@ -177,7 +179,7 @@ class TreeModel:
         keep: Tensor | None,
     ) -> Tensor:
         """Calls the model with tensors on its device; returns logits as `forward` does."""
-        arguments: dict[str, Any] = {}
+        arguments: dict[str, Any] = {self._cache_argument: cache.hf_cache}
         if keep is not None and self._keeps_logits:
             arguments["logits_to_keep"] = keep.to(tokens.device)
         if trees is not None:
@@ -187,7 +189,6 @@ class TreeModel:
                 input_ids=tokens,
                 attention_mask=self._as_argument(masks),
                 position_ids=positions,
-                past_key_values=cache.hf_cache,
                 use_cache=True,
                 return_dict=True,
                 **arguments,

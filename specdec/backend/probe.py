@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specdec.backend.cache import LayerSpec
+from specdec.backend.cache_name import cache_in
 from specdec.backend.model import TreeModel, causal_ancestors
 from specdec.backend.packed import packed_linears
 from specdec.backend.tree_layers import KNOWN_IMPLS, NotServedError
@@ -67,7 +68,7 @@ def probe(backend: TreeModel) -> None:
     # the tree: root -> (left, right), right -> below; then `after` follows the path right, below
     paths = torch.tensor([[a, b, c, root, left, left, left], [a, b, c, root, right, below, after]])
     output = backend.model(input_ids=paths.to(backend.device), use_cache=True, return_dict=True)
-    past = getattr(output, "past_key_values", None)  # a few models keep no cache at all
+    past = cache_in(output)  # a few models keep no cache at all
     backend.specs = _layer_specs(past, type(backend.model).__name__)
     left_path, right_path = output.logits.cpu()
     expected = torch.stack(

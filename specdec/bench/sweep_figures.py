@@ -153,7 +153,7 @@ def _calibrated(line: Sequence[Pool], cost: PassCost) -> tuple[np.ndarray, np.nd
     )
     emitted = between(lambda pool: pool.counts.num_emitted / pool.total(passes))
     other = between(lambda pool: (pool.seconds() - pool.seconds("target")) / pool.total(passes))
-    passing = [float(cost.of(n, c)) for n, c in zip(nodes, context, strict=True)]
+    passing = [cost.of([n], c)[0] for n, c in zip(nodes, context, strict=True)]
     return 2**fine, emitted / (np.array(passing) + other)
 
 

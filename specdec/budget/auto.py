@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import numpy as np
+from itertools import accumulate
 
 from specdec.budget.chances import RealisedChances
 from specdec.budget.clock import DraftClock
@@ -89,7 +88,7 @@ class AutoBudget:
         depth = self._deepest()
         if self._pauses.exploring:  # to learn what chances are worth, all of them are wanted
             return [Budget(nodes, depth)] * len(rows)
-        base, more = self._step_seconds(len(rows) * np.array([1, 1 + _SLOPE_NODES]), context)
+        base, more = self._step_seconds([len(rows), len(rows) * (1 + _SLOPE_NODES)], context)
         wanted = _HOPEFUL * (more / base - 1) / _SLOPE_NODES
         return [Budget(nodes, depth, self._chances.least_claim(row, wanted)) for row in rows]
 
@@ -106,31 +105,30 @@ class AutoBudget:
             return list(trees)
         widest = max(tree.num_drafted for tree in trees)
         self._clock.drafted(max(1, *(max(tree.depth_list) for tree in trees)), seconds)
-        chances = [tree.path_chances[1:] for tree in trees]
-        orders = [np.argsort(-own, kind="stable") for own in chances]
-        expected = np.zeros((len(trees), widest + 1))
-        for place, (row, own, order) in enumerate(zip(rows, chances, orders, strict=True)):
-            gains = np.cumsum(self._chances.expected(row, own[order]))
-            expected[place, 1 : len(gains) + 1] = gains
-            expected[place, len(gains) + 1 :] = gains[-1] if len(gains) else 0.0
-        widths = np.arange(min(widest, self._allowed) + 1)
-        emitted = len(trees) + expected[:, widths].sum(axis=0)
-        passes = self._step_seconds(len(trees) * (widths + 1), context)
+        orders = [_likeliest_first(tree) for tree in trees]
+        widths = range(min(widest, self._allowed) + 1)
+        more = [0.0] * len(widths)  # what the last node of each width adds, over all rows
+        for row, tree, order in zip(rows, trees, orders, strict=True):
+            chances = map(tree.path_chances.__getitem__, order[: len(widths) - 1])
+            for width, gain in enumerate(self._chances.expected(row, chances), 1):
+                more[width] += gain
+        emitted = [len(trees) + gains for gains in accumulate(more)]
+        passes = self._step_seconds([len(trees) * (width + 1) for width in widths], context)
         drafting = self._clock.draft_seconds
-        width = int(np.argmax(emitted / (drafting + passes)))
-        plain = float(self._step_seconds(len(trees), context, probes=False))
+        width = max(widths, key=lambda width: emitted[width] / (drafting + passes[width]))
+        (plain,) = self._step_seconds([len(trees)], context, probes=False)
         explored = self._pauses.exploring and widest > 0
         self._pauses.drafted(
-            gain=float(emitted[width]) / len(trees) * plain - float(passes[width]) - drafting,
+            gain=emitted[width] / len(trees) * plain - passes[width] - drafting,
             # a try takes its pass, and the slots of the one before it
-            loss=drafting + float(passes[min(1, len(passes) - 1)] + passes[0]) - 2 * plain,
+            loss=drafting + passes[min(1, len(passes) - 1)] + passes[0] - 2 * plain,
             plain=plain,
         )
         width = max(width, 1) if explored else width
         self._last_width = max(width, 1)
-        self._pass_seconds = float(passes[width])
+        self._pass_seconds = passes[width]
         return [
-            tree if tree.num_drafted <= width else tree.cut((1 + order[:width]).tolist())
+            tree if tree.num_drafted <= width else tree.cut(order[:width])
             for tree, order in zip(trees, orders, strict=True)
         ]
 
@@ -167,13 +165,19 @@ class AutoBudget:
         return self._levels.best(self._pass_seconds, level_seconds)
 
     def _step_seconds(
-        self, nodes: np.ndarray | int, context: float, *, probes: bool = True
-    ) -> np.ndarray:
-        """Returns what it takes to score so many nodes, and to learn from them."""
+        self, nodes: Sequence[int], context: float, *, probes: bool = True
+    ) -> list[float]:
+        """Returns what it takes to score each number of nodes, and to learn from them."""
         rows_per_node = self._rows_per_node if probes else 1
-        seconds: np.ndarray = self._passes.of(nodes * rows_per_node, context)
-        return seconds + self._clock.learn_seconds * nodes
+        passes = self._passes.of([number * rows_per_node for number in nodes], context)
+        learning = self._clock.learn_seconds
+        return [seconds + learning * number for seconds, number in zip(passes, nodes, strict=True)]
 
     def _fitting(self, num_rows: int) -> int:
         """Returns the most draft nodes a tree for which a pass has room."""
         return self._max_rows // (max(num_rows, 1) * self._rows_per_node) - 1
+
+
+def _likeliest_first(tree: DraftTree) -> list[int]:
+    """Returns the draft nodes by the chance of their paths; of equal ones parents come first."""
+    return sorted(range(1, len(tree)), key=tree.path_chances.__getitem__, reverse=True)

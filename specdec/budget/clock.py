@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 _MEMORY = 0.95  # for each step
 _LEAST_SPREAD = 0.1  # of the numbers of nodes, to tell what one more costs
 
@@ -21,7 +19,7 @@ class DraftClock:
         self.level_seconds = 0.0
         self.learn_seconds = 0.0  # for a node more
         # weight, nodes, their squares, seconds, and nodes x seconds of what was learned from
-        self._sums = np.zeros(5)
+        self._sums = [0.0] * 5
 
     def drafted(self, levels: int, seconds: float) -> None:
         """Notes what it took to draft a tree of so many levels."""
@@ -36,13 +34,13 @@ class DraftClock:
         weight, *_, total, _ = self._sums
         if weight:
             seconds = min(seconds, 4 * total / weight)  # a pause of the machine
-        self._sums *= _MEMORY
-        self._sums += (1.0, num_rows, num_rows**2, seconds, num_rows * seconds)
+        own = (1.0, num_rows, num_rows**2, seconds, num_rows * seconds)
+        self._sums = [_MEMORY * known + new for known, new in zip(self._sums, own, strict=True)]
         weight, nodes, squares, total, products = self._sums
         spread = squares / weight - (nodes / weight) ** 2
         if spread > _LEAST_SPREAD:
             slope = (products / weight - nodes * total / weight**2) / spread
-            self.learn_seconds = max(0.0, float(slope))
+            self.learn_seconds = max(0.0, slope)
 
 
 def _followed(known: float, seconds: float) -> float:

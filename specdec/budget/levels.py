@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 _FIRST = 4
 _DEEPER = 0.6  # guess of the share of texts that get from an untried level to the next
 _MEMORY = 0.95  # for each step, as everything that a budget counts
@@ -17,8 +15,8 @@ class Levels:
     """
 
     def __init__(self, most: int) -> None:
-        self._hits = np.zeros(most)
-        self._trials = np.zeros(most)
+        self._hits = [0.0] * most
+        self._trials = [0.0] * most
         self._allowed = min(_FIRST, most)
 
     def observe(self, depth: int, accepted: int) -> None:
@@ -28,20 +26,18 @@ class Levels:
             depth: levels of the tree that was scored.
             accepted: of them that became text.
         """
-        self._hits *= _MEMORY
-        self._trials *= _MEMORY
-        self._trials[:depth] += 1.0
-        self._hits[:accepted] += 1.0
+        self._hits = _remembered(self._hits, accepted)
+        self._trials = _remembered(self._trials, depth)
         if accepted >= self._allowed:
             self._allowed = min(2 * self._allowed, len(self._hits))
 
-    def reach(self) -> np.ndarray:
+    def reach(self) -> list[float]:
         """Returns the chance that a text gets to each level, were it drafted."""
-        chances = np.empty(len(self._hits))
+        chances = []
         above = 1.0
-        for level, (hits, trials) in enumerate(zip(self._hits, self._trials, strict=True)):
+        for hits, trials in zip(self._hits, self._trials, strict=True):
             above = min(above, (hits + _DEEPER * above) / (trials + 1.0))
-            chances[level] = above
+            chances.append(above)
         return chances
 
     def best(self, pass_seconds: float, level_seconds: float) -> int:
@@ -51,6 +47,15 @@ class Levels:
             pass_seconds: of the target's pass, whatever is drafted.
             level_seconds: of a draft call.
         """
-        levels = np.arange(1, self._allowed + 1)
-        tokens = 1.0 + np.cumsum(self.reach()[: self._allowed])
-        return 1 + int(np.argmax(tokens / (pass_seconds + level_seconds * levels)))
+        best, highest, tokens = 1, 0.0, 1.0
+        for level, chance in enumerate(self.reach()[: self._allowed], 1):
+            tokens += chance
+            rate = tokens / (pass_seconds + level_seconds * level)
+            if rate > highest:
+                best, highest = level, rate
+        return best
+
+
+def _remembered(counts: list[float], levels: int) -> list[float]:
+    """Returns the counts, fading, with one more at each of the first levels."""
+    return [_MEMORY * count + (level < levels) for level, count in enumerate(counts)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
 from specdec.cost import PassCost
 
@@ -32,18 +32,18 @@ class PassClock:
         self._sums = [0.0] * 5
         self._factors = (1.0, 1.0)
 
-    def of(self, nodes: np.ndarray | int, context: float) -> np.ndarray:
-        """Returns seconds for numbers of nodes (any shape) behind prefixes of such a length."""
+    def of(self, nodes: Sequence[float], context: float) -> list[float]:
+        """Returns seconds for numbers of nodes behind prefixes of such a length."""
         base, slope = self._factors
-        least = self._cost.of(1, context)
-        seconds: np.ndarray = (base - slope) * least + slope * self._cost.of(nodes, context)
-        return seconds
+        least, *foretold = self._cost.of([1, *nodes], context)
+        least *= base - slope
+        return [least + slope * seconds for seconds in foretold]
 
     def scored(self, nodes: int, context: float, seconds: float) -> None:
         """Takes note of a pass."""
         if not self._follows:
             return
-        least, foretold = self._cost.of(np.array([1, nodes]), context).tolist()
+        least, foretold = self._cost.of([1, nodes], context)
         more = foretold / least - 1.0
         base, slope = self._factors
         took = min(seconds / least, _LONGEST * (base + slope * more))

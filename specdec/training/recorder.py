@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from specdec.drafters.base import BaseDrafter
-from specdec.kernels.top_k_rows import top_k_rows
 from specdec.training.corpus import OwnText
 from specdec.types import (
     DraftContext,
@@ -31,7 +30,7 @@ class Recorder(BaseDrafter):
     name = "recorder"
 
     def __init__(self, layers: Sequence[int], top_k: int) -> None:
-        self.needs = DrafterNeeds(layers=tuple(layers))
+        self.needs = DrafterNeeds(layers=tuple(layers), node_top_k=top_k)
         self._top_k = top_k
         self._rows: dict[int, _Record] = {}
 
@@ -58,10 +57,10 @@ class Recorder(BaseDrafter):
         record.tokens += outcome.emitted
         if outcome.features is not None:
             record.features.append(_stored(outcome.features[:1]))
-        logits = outcome.logits[:1].float()
-        values, ids = top_k_rows(logits, self._top_k)
-        record.ids.append(ids.cpu())
-        record.log_probs.append((values - logits.logsumexp(dim=-1, keepdim=True)).cpu())
+        assert outcome.top is not None
+        normaliser = outcome.logits[:1].float().logsumexp(dim=-1, keepdim=True)
+        record.ids.append(outcome.top.ids[:1])
+        record.log_probs.append(outcome.top.logits[:1].float() - normaliser.cpu())
 
     def take(self, row: int, *, greedy: bool) -> OwnText | None:
         """Returns a finished row and forgets it; None if the answer was a single token."""
