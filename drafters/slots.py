@@ -6,8 +6,22 @@ from collections.abc import Iterable
 from struct import Struct
 
 import numpy as np
+from torch import Tensor
 
 StoredRow = tuple[tuple[int, ...], tuple[int, ...]]  # tokens and the bits of their log-shares
+
+
+def log_shares_of(logits: Tensor) -> np.ndarray:
+    """Returns ``[n, k]`` float16: the log of each logit's share in its row.
+
+    Args:
+        logits: ``[n, k]`` on the CPU, the largest first.
+    """
+    kept = logits.float().numpy()
+    kept = kept - kept[:, :1]
+    # numpy's calls take less than torch's for the few rows of a tree
+    shares: np.ndarray = kept - np.log(np.exp(kept).sum(axis=1, keepdims=True))
+    return shares.astype(np.float16)
 
 
 class Slots:

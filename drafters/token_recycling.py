@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import ListedLaw, at_most_certain
 from specdec.drafters.scored_nodes import ScoredNodes
-from specdec.drafters.slots import Slots
+from specdec.drafters.slots import Slots, log_shares_of
 from specdec.errors import ConfigError, StateError
 from specdec.types import (
     DraftContext,
@@ -145,8 +144,7 @@ class TokenRecycling(LearningDrafter):
         last = {tokens[place]: place for place in order}
         index, source = list(last.keys()), list(last.values())
         self._successors[index] = ids[source].numpy()
-        shares = torch.log_softmax(logits[source].float(), dim=-1)
-        self._log_shares[index] = shares.to(torch.float16).numpy()
+        self._log_shares[index] = log_shares_of(logits[source])
 
 
 class _MatrixLaw(ListedLaw):

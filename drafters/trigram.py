@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from specdec.drafters.calibration import Calibration
@@ -17,7 +16,7 @@ from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import NOTHING, ListedLaw, at_most_certain
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.drafters.scored_nodes import ScoredNodes
-from specdec.drafters.slots import StoredRow
+from specdec.drafters.slots import StoredRow, log_shares_of
 from specdec.errors import ConfigError, StateError
 from specdec.types import (
     DraftContext,
@@ -261,9 +260,8 @@ class Trigram(LearningDrafter):
         logits: Tensor,
         order: Sequence[int] | None = None,
     ) -> None:
-        shares = torch.log_softmax(logits.float(), dim=-1).to(torch.float16).numpy()
         successors = ids.numpy().astype(np.int32)
-        self._store.write(firsts, seconds, successors, shares, order, alone=True)
+        self._store.write(firsts, seconds, successors, log_shares_of(logits), order, alone=True)
 
 
 class _PairLaw(ListedLaw):
