@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -166,8 +167,24 @@ def _build(kind: str, spec: Any, known: dict[str, Callable[[], Any]], protocol: 
     plugins = _plugins(kind)
     if name in plugins:
         return _build(kind, plugins[name].load()(), known, protocol)
+    if "." in name:
+        return _build(kind, _named(kind, name)(), known, protocol)
     names = ", ".join(sorted({"auto", *known, *plugins}))
-    raise ConfigError(f"unknown {kind} {spec!r}; known are: {names}")
+    raise ConfigError(
+        f"unknown {kind} {spec!r}; known are: {names}, and classes of yours as package.module.Class"
+    )
+
+
+def _named(kind: str, path: str) -> Callable[[], Any]:
+    """Returns the class with such a path, or whatever makes the part."""
+    module, _, name = path.rpartition(".")
+    try:
+        make: Callable[[], Any] = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{kind} {path!r} cannot be imported ({error}); expected package.module.Class"
+        ) from error
+    return make
 
 
 def _plugins(kind: str) -> dict[str, EntryPoint]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 
 import pytest
+import tiny
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from specdec import SpeculativeGenerator
 from specdec.auto import PartsForCalls
 from specdec.call import Call
 from specdec.cost import PassCost
 from specdec.drafters import TokenRecycling
+from specdec.errors import ConfigError
 from specdec.trees import Chain, DySpecLayered, Iid
 from specdec.types import Draw
 
@@ -105,3 +108,36 @@ def test_an_explicit_rule_that_looks_aside_is_obeyed_with_a_warning(caplog) -> N
     with caplog.at_level(logging.WARNING):
         assert names(Honest(), verifier="traversal", foreign=True)[1] == "traversal"
     assert "keeps state" in caplog.text
+
+
+class TestClassesOfYours:
+    """A part that is named by its path."""
+
+    def test_serves_like_an_object(self) -> None:
+        model = tiny.make_model("llama")
+        arguments = {"do_sample": False, "max_new_tokens": 12}
+        prompt = tiny.ids(tiny.prompt(9))
+        generator = SpeculativeGenerator(
+            model,
+            drafter="specdec.testing.wrong.AlwaysWrong",
+            policy="specdec.trees.BestFirst",
+            verifier="specdec.verifiers.Match",
+            node_budget=4,
+        )
+        expected = model.generate(prompt, **arguments)
+        assert torch.equal(generator.generate(prompt, **arguments), expected)
+        assert generator.stats.totals.num_drafted > 0
+        assert generator.stats.totals.num_accepted == 0
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("nowhere.Drafter", r"drafter 'nowhere.Drafter' cannot be imported \(No module"),
+            ("specdec.drafters.Nothing", "expected package.module.Class"),
+            (".relative", "cannot be imported"),
+            ("pathlib.Path", "an object with the members of specdec.types.Drafter, got PosixPath"),
+        ],
+    )
+    def test_what_is_none_is_refused(self, path: str, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            SpeculativeGenerator(tiny.make_model("llama"), drafter=path)

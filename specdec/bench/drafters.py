@@ -28,7 +28,8 @@ def check_drafter(drafter: str) -> list[str]:
 
     Args:
         drafter: a name, alone or with its argument: ``early_exit:LAYERS``, ``small_model:MODEL``,
-            ``student:FOLDER`` (``diffusion``, ``lexical_unit``), ``hybrid:NAME+NAME``; or "none".
+            ``student:FOLDER`` (``diffusion``, ``lexical_unit``), ``hybrid:NAME+NAME``,
+            ``package.module.Class``; or "none".
     """
     name, argument = split_drafter(drafter)
     if drafter == NO_DRAFTER:

@@ -6,7 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-DRAFTER_FORMS = "NAME, early_exit:LAYERS, small_model:MODEL, student:FOLDER, hybrid:NAME+NAME"
+DRAFTER_FORMS = (
+    "NAME, early_exit:LAYERS, small_model:MODEL, student:FOLDER, hybrid:NAME+NAME, MODULE.CLASS"
+)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
