@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specdec.training.log_probs_at import log_probs_at
+
 _LEAST = 1e-6
 
 
@@ -35,10 +37,8 @@ def compare_laws(logits: Tensor, top_ids: Tensor, top_log_probs: Tensor) -> Comp
             those that cannot be drafted, which count as the rest.
         top_log_probs: ``[n, c]`` of the target.
     """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
     named = top_ids >= 0
-    normaliser = logits.logsumexp(dim=-1, keepdim=True)
-    log_q = logits.gather(-1, top_ids.clamp(min=0)) - normaliser
+    log_q, best = log_probs_at(logits, top_ids.clamp(min=0))
     q = log_q.exp() * named
     p = top_log_probs.exp() * named
     rest_q = (1.0 - q.sum(dim=-1)).clamp_min(_LEAST)
@@ -47,7 +47,7 @@ def compare_laws(logits: Tensor, top_ids: Tensor, top_log_probs: Tensor) -> Comp
     total_variation = 0.5 * ((p - q).abs().sum(dim=-1) + (rest_p - rest_q).abs())
     with torch.no_grad():
         accepted = torch.minimum(p, q).sum(dim=-1)
-        hits = logits.argmax(dim=-1) == top_ids[:, 0]
+        hits = best == top_ids[:, 0]
     return Compared(cross_entropy, total_variation, accepted, hits)
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from specdec.training.log_probs_at import log_probs_at
+
 FORWARD_KL = "forward_kl"
 OBJECTIVES = (FORWARD_KL, "reverse_kl", "total_variation")
 _LEAST = 1e-6  # of the bucket's chance: its logarithm stays finite
@@ -45,7 +47,6 @@ def divergence(
         log_probs: ``[n, k]`` float32, the target's log-probabilities of them.
         objective: one of `OBJECTIVES`.
     """
-    logits = logits.float()
     known = ids >= 0
     places = ids.clamp_min(0)
     p = log_probs.exp()
@@ -55,7 +56,7 @@ def divergence(
     scale = weight.clamp_min(_LEAST).unsqueeze(1)
     p = torch.cat([p, rest.unsqueeze(1)], dim=1) / scale
 
-    log_q = logits.gather(1, places) - logits.logsumexp(dim=1, keepdim=True)
+    log_q, best = log_probs_at(logits, places)
     q = log_q.exp() * known
     log_rest = torch.log1p(-q.sum(dim=1, keepdim=True).clamp(max=1 - _LEAST))
     log_q = torch.cat([log_q * known, log_rest], dim=1)
@@ -72,5 +73,5 @@ def divergence(
     total = weight.sum().clamp_min(_LEAST)
     with torch.no_grad():
         acceptance = float((torch.minimum(p, q).sum(dim=1) * weight).sum() / total)
-        agreement = float((logits.argmax(dim=1) == ids[:, 0]).float().mean())
+        agreement = float((best == ids[:, 0]).float().mean())
     return Divergence((values * weight).sum() / total, acceptance, agreement)
