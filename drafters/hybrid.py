@@ -132,6 +132,11 @@ class Hybrid(LearningDrafter):
         for source in self.sources:
             source.stop(row)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sources' tables when they are full, as far as they tell."""
+        return sum(getattr(source, "nbytes", 0) for source in self.sources)
+
     def reset(self) -> None:
         """Forgets the weights and everything the sources have learned."""
         self._trust.clear()

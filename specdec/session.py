@@ -19,7 +19,7 @@ from specdec.random import draw_seed, row_streams
 from specdec.rows import RowInput, split_rows
 from specdec.stats import DecodeStats
 from specdec.target import TargetModel
-from specdec.types import DrafterNeeds
+from specdec.types import Drafter, DrafterNeeds
 
 _INITIAL_ROOM = 1024  # new tokens a cache has room for before it grows
 
@@ -69,7 +69,9 @@ class Session:
         cache = (captured or backend).new_cache(len(self.inputs), longest + new_tokens + pass_rows)
         if past_length(self.call):
             import_cache(cache, self.call.past, [item.past_columns for item in self.inputs])
-        self.stats = DecodeStats(len(self.inputs), _settings(self.parts))
+        self.stats = DecodeStats(
+            len(self.inputs), _settings(self.parts), _kept_bytes(backend, drafter)
+        )
         self.loop = DecodeLoop(
             self.call,
             self.inputs,
@@ -108,6 +110,13 @@ def _row_keys(seed: int | Sequence[int] | None, call: Call, num_rows: int) -> li
     if len(seeds) * samples == num_rows:
         return [(seeds[row // samples], row % samples) for row in range(num_rows)]
     raise ConfigError(f"seed has {len(seeds)} entries, the call has {num_rows} rows")
+
+
+def _kept_bytes(backend: TreeModel, drafter: Drafter | None) -> dict[str, int]:
+    """Returns what stands beside the model between calls, see `DecodeStats.kept_bytes`."""
+    packed = backend.packed.nbytes if backend.packed is not None else 0
+    tables: int = getattr(drafter, "nbytes", 0)
+    return {"packed_weights": packed, "drafter": tables}
 
 
 def _settings(parts: Parts) -> dict[str, Any]:

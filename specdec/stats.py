@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from specdec.trees.tree import DraftTree
 
+_KEPT = {
+    "packed_weights": "packed weights (packed_weights=None leaves them out)",
+    "drafter": "the drafter's tables",
+}
 PHASES = ("prefill", "draft", "target", "processors", "verify", "commit", "observe")
 
 
@@ -147,13 +151,21 @@ class DecodeStats:
         target_passes: forward passes after the prefill; one serves all active rows.
         seconds: seconds spent in each of `PHASES`.
         settings: the parts in use: drafter, policy, verifier, node_budget.
+        kept_bytes: what stands beside the model between calls: "packed_weights", copies of its
+            weights in another layout, and "drafter", its tables when they are full.
     """
 
-    def __init__(self, num_rows: int = 0, settings: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        num_rows: int = 0,
+        settings: dict[str, Any] | None = None,
+        kept_bytes: dict[str, int] | None = None,
+    ) -> None:
         self.rows = [RowStats() for _ in range(num_rows)]
         self.target_passes = 0
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.settings = settings or {}
+        self.kept_bytes = kept_bytes or {}
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -211,6 +223,7 @@ class DecodeStats:
             "tokens_per_second": self.tokens_per_second,
             "overhead_fraction": self.overhead_fraction,
             "seconds": dict(self.seconds),
+            "kept_bytes": dict(self.kept_bytes),
             "rows": [row.to_dict() for row in self.rows],
         }
 
@@ -244,9 +257,18 @@ class DecodeStats:
             f"({total.draft_acceptance_rate:.0%}); of those the verifier came to, "
             f"{total.acceptance_rate:.0%}.",
             f"The {self.total_seconds:.2f} s went to {spent}.",
+            *self._memory(),
             self._advice(total, shares),
         ]
         return " ".join(sentences)
+
+    def _memory(self) -> list[str]:
+        kept = [
+            f"{self.kept_bytes[name] / 1e6:.0f} MB of {words}"
+            for name, words in _KEPT.items()
+            if self.kept_bytes.get(name)
+        ]
+        return [f"Beside the model stand {' and '.join(kept)}."] if kept else []
 
     def _advice(self, total: Counts, shares: dict[str, float]) -> str:
         per_step = _ratio(total.num_drafted, total.target_calls)

@@ -27,6 +27,7 @@ from transformers.generation.streamers import BaseStreamer
 from specdec import SpeculativeGenerator
 from specdec.errors import ConfigError
 from specdec.row_text import Step
+from specdec.stats import DecodeStats
 
 PROMPT = tiny.prompt(17, seed=1)
 ROWS = [PROMPT, tiny.prompt(6, seed=2), tiny.prompt(11, seed=3)]
@@ -1266,6 +1267,18 @@ def test_explain_mentions_the_numbers(model: Any, free: list[list[int]]) -> None
         assert f" {number} " in words
     assert f"{stats.block_efficiency:.2f}" in words
     assert "oracle" in words
+
+
+def test_memory_beside_the_model_is_told(model: Any) -> None:
+    generator = SpeculativeGenerator(model, drafter="hybrid")
+    generator.generate(tiny.ids(PROMPT), max_new_tokens=4)
+    tables = generator.drafter.nbytes
+    assert tables > 10e6
+    assert generator.stats.to_dict()["kept_bytes"] == {"packed_weights": 0, "drafter": tables}
+    assert f"Beside the model stand {tables / 1e6:.0f} MB of the dra" in generator.stats.explain()
+    stats = DecodeStats(1, kept_bytes={"packed_weights": 7_000_000})
+    stats.rows[0].target_calls = 1
+    assert "stand 7 MB of packed weights (packed_weights=None leaves them" in stats.explain()
 
 
 def test_the_stats_are_those_of_the_last_call(model: Any) -> None:
