@@ -39,7 +39,8 @@ class ScoredNodes(NamedTuple):
         """Returns the nodes of all rows, with the k likeliest tokens behind each.
 
         Args:
-            outcomes: best with k likeliest tokens at least (`DrafterNeeds.node_top_k`).
+            outcomes: of each row. Where they lack k likeliest tokens (`DrafterNeeds.node_top_k`),
+                as under a drafter that did not ask for its sources, these are selected here.
             k: entries of a node.
         """
         tokens: list[int] = []
@@ -57,7 +58,7 @@ class ScoredNodes(NamedTuple):
             depths, on_path = tree.depth_list, set(path)
             places = range(first, len(tokens))
             order += sorted(places, key=lambda n: (n in on_path, depths[n - first]))
-        tops = [outcome.top for outcome in outcomes if outcome.top is not None]
+        tops = [own.top for own in outcomes if own.top is not None and own.top.ids.shape[1] >= k]
         if len(tops) < len(outcomes):
             tops = top_tokens([outcome.logits[: len(outcome.tree)] for outcome in outcomes], k)
         ids, logits = _joined([top.ids for top in tops]), _joined([top.logits for top in tops])

@@ -126,8 +126,9 @@ def prepare(model: Any, tokenizer: Any, inputs: Tensor | None, arguments: dict[s
     """
     arguments = dict(arguments)
     _refuse(inputs, arguments)
-    past = [arguments.pop(name, None) for name in CACHE_NAMES]
-    given = next((cache for cache in past if cache is not None), None)
+    given = cache_in(arguments)
+    for name in CACHE_NAMES:
+        arguments.pop(name, None)
     if given is not None:
         arguments[LIBRARY_CACHE_NAME] = given
     tokenizer = arguments.pop("tokenizer", None) or tokenizer

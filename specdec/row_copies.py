@@ -40,8 +40,8 @@ def _row_copy(part: Any, row: int, num_rows: int, padding: int) -> Any:
     allowed = getattr(part, "_prefix_allowed_tokens_fn", None)
     if allowed is not None:
         # rows of one prompt share its number since transformers 5.24, before that each has its own
-        part._prefix_allowed_tokens_fn = _for_row(allowed, row // part._num_beams)
-        part._num_beams = 1
+        number = row // getattr(part, "_num_beams", 1)
+        part._prefix_allowed_tokens_fn, part._num_beams = _for_row(allowed, number), 1
     guidance = getattr(part, "unconditional_context", None)
     if guidance is not None:
         part.unconditional_context = {

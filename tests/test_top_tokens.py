@@ -7,12 +7,13 @@ import torch
 from transformers import LogitsProcessorList
 
 from specdec import top_tokens as module
+from specdec.drafters.scored_nodes import ScoredNodes
 from specdec.errors import LogitsError
 from specdec.kernels.top_k_rows import takes_first
 from specdec.sampling import Prefix, ProcessedLaw
 from specdec.top_tokens import top_tokens
 from specdec.trees.tree import DraftTree
-from specdec.types import TopTokens
+from specdec.types import StepOutcome, TopTokens
 
 CHAIN = DraftTree.from_lists([4, 5, 6], [-1, 0, 1])
 
@@ -69,3 +70,12 @@ def test_one_nan_among_numbers_is_an_error() -> None:
     (top,) = top_tokens([logits], 4)
     with pytest.raises(LogitsError, match="NaN"):
         law(logits, top).argmax(1)
+
+
+@pytest.mark.parametrize("kept", [None, 2, 3, 5])
+def test_a_drafter_selects_what_it_was_not_given(kept: int | None) -> None:
+    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(4))
+    top = None if kept is None else top_tokens([logits], kept)[0]
+    scored = ScoredNodes.of([StepOutcome(0, CHAIN, [], [5], logits, top=top)], 3)
+    assert torch.equal(scored.logits, logits.topk(3).values)
+    assert torch.equal(scored.ids, logits.topk(3).indices)

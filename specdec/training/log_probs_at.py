@@ -16,7 +16,8 @@ def log_probs_at(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
     A law of thousands of tokens is compared at a few. torch's own operations write the whole law,
     or its gradient, five times on the way; here rows are taken in parts, and only the gradient is
-    written, once. That takes a third off a training step on a CPU. In float32 at least.
+    written, once: a training step of `diffusion` takes three quarters of the time on a CPU. Sums
+    are taken in float32 at least.
 
     Args:
         logits: ``[n, W]``; they get a gradient.
