@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ _COMPILED = (
     "-c",
 )
 _LINKED = ("-shared", "-Wl,-z,defs", "-lm")
+_INCLUDE = re.compile(rb'^#include "([^"]+)"', re.MULTILINE)
 _MAPS = Path("/proc/self/maps")
 _SECONDS = 120.0
 
@@ -46,7 +48,7 @@ def library(source: Path, folder: Path | None = None) -> ctypes.CDLL:
     source, compiler, flags and processor, so that a folder may be shared between machines.
 
     Args:
-        source: a C file without dependencies of its own.
+        source: a C file; what it includes by quotes lies beside it.
         folder: where libraries are kept; made if it is missing. None for the user's cache folder.
 
     Raises:
@@ -57,7 +59,7 @@ def library(source: Path, folder: Path | None = None) -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if not compiler or shutil.which(compiler[0]) is None:
         raise NativeError("no C compiler is installed (cc, or what the variable CC names)")
-    code = source.read_bytes()
+    code = _with_headers(source)
     flags = [*compiler, *_COMPILED, *_LINKED, openmp.name]
     facts = [hashlib.sha256(code).hexdigest(), *flags, _version(compiler), _processor()]
     digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
@@ -68,6 +70,14 @@ def library(source: Path, folder: Path | None = None) -> ctypes.CDLL:
         return ctypes.CDLL(str(built))
     except OSError as error:
         raise NativeError(f"{built} cannot be loaded ({error}); delete it") from error
+
+
+def _with_headers(source: Path) -> bytes:
+    """Returns a C file, and behind it those that it includes by quotes, theirs too."""
+    code = source.read_bytes()
+    headers = [source.with_name(name.decode()) for name in _INCLUDE.findall(code)]
+    # the compiler tells better what is missing
+    return b"".join([code, *(_with_headers(header) for header in headers if header.exists())])
 
 
 def _torchs_openmp() -> Path:

@@ -134,11 +134,21 @@ def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @needs_compiler
 def test_another_source_is_another_library(tmp_path: Path) -> None:
-    changed = tmp_path / SOURCE.name
-    changed.write_bytes(SOURCE.read_bytes() + b"\n")
-    library(SOURCE, tmp_path / "made")
-    library(changed, tmp_path / "made")
-    assert len(list((tmp_path / "made").iterdir())) == 2
+    source = tmp_path / "source.c"
+    header = tmp_path / "header.h"
+    made = tmp_path / "made"
+    source.write_text('#include "header.h"\nint twice(int x) { return FACTOR * x; }\n')
+    header.write_text("enum { FACTOR = 2 };\n")
+    first = library.__wrapped__(source, made)
+    assert first.twice(21) == 42
+    header.write_text("enum { FACTOR = 3 };\n")
+    assert library.__wrapped__(source, made).twice(14) == 42
+    source.write_text(source.read_text() + "\n")
+    library.__wrapped__(source, made)
+    assert len(list(made.iterdir())) == 3
+    header.unlink()
+    with pytest.raises(NativeError, match=r"does not compile source.c: .*header.h"):
+        library.__wrapped__(source, made)
 
 
 @needs_compiler

@@ -53,7 +53,7 @@ class TreeCache:
         for index, spec in enumerate(self.specs):
             self._groups.setdefault(spec, []).append(index)
         self._pools = self._allocate(batch_size, capacity)
-        self.layers = [_TreeLayer(self) for _ in self.specs]
+        self.layers = [TreeLayer(self) for _ in self.specs]
         self.hf_cache = Cache(layers=list(self.layers))
         self.pending = 0
         self.pass_size = 0
@@ -127,6 +127,11 @@ class TreeCache:
             starts = torch.tensor(self.lengths, device=device).unsqueeze(1) + self.pending
             self._slots[device] = rows, starts + torch.arange(self.pass_size, device=device)
         return self._slots[device]
+
+    @property
+    def starts(self) -> list[int] | None:
+        """Each row's first slot that the running pass writes to; None if only the device knows."""
+        return None if self._attended is not None else [n + self.pending for n in self.lengths]
 
     @property
     def writes_in_order(self) -> bool:
@@ -264,7 +269,7 @@ class TreeCache:
         return [(k[:, :, : self.pending], v[:, :, : self.pending]) for k, v in states]
 
 
-class _TreeLayer(CacheLayerMixin):
+class TreeLayer(CacheLayerMixin):
     """One layer's view of a `TreeCache`, in the form that HuggingFace's attention calls."""
 
     is_sliding = False
@@ -296,6 +301,16 @@ class _TreeLayer(CacheLayerMixin):
             self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
         visible = self._cache.visible
         return self.keys[:, :, :visible], self.values[:, :, :visible]
+
+    @property
+    def starts(self) -> list[int] | None:
+        """`TreeCache.starts`."""
+        return self._cache.starts
+
+    @property
+    def visible(self) -> int:
+        """`TreeCache.visible`."""
+        return self._cache.visible
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns the number of slots attended over, and that they start at slot 0."""

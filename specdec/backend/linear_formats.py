@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.block_linear import MOST_ROWS, block_linear, why_not_native
+from specdec.kernels.decoder_layer import Product
 from specdec.kernels.weight_blocks import to_blocks
 
 # float32's unit roundoff: a change of the weights below it drowns in the rounding of the products
@@ -27,12 +28,14 @@ class PackedWeight(NamedTuple):
         nbytes: what the layout takes, beside the model's own weight.
         layout: what it is called in reports.
         most_rows: that `run` takes, None for any number; beyond it the layer is as fast as it is.
+        product: the layer in blocks, for C code that computes more than one; None in other layouts.
     """
 
     run: Callable[[Tensor], Tensor]
     nbytes: int
     layout: str
     most_rows: int | None = None
+    product: Product | None = None
 
 
 def pack_blocks(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
@@ -48,7 +51,7 @@ def pack_blocks(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
     bias = None if bias is None else bias.contiguous()
     run = partial(block_linear, weight=blocks, bias=bias)
     layout = f"blocks of {blocks.form.name.lower()}"
-    return PackedWeight(run, blocks.data.nbytes, layout, MOST_ROWS)
+    return PackedWeight(run, blocks.data.nbytes, layout, MOST_ROWS, Product(blocks, bias))
 
 
 def pack_onednn(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from specdec.backend.fused_layers import FusedLayer, Products, fused_layers
 from specdec.backend.linear_formats import FORMATS, PackedWeight, reason_against
 from specdec.backend.norms import StandIn, native_norms
 from specdec.backend.shared_inputs import shared_inputs
@@ -56,6 +57,7 @@ class PackedLinears:
         joined = (_Group(members) for members in shared_inputs(model, _packable(model)))
         self._groups = [group for group in joined if group.num_entries >= _SMALLEST]
         self._norms = native_norms(model)
+        self._model = ref(model)
         self._chosen: dict[tuple[int, int], str | None] = {}
         self._stand_ins: list[StandIn] = []
         self._placed: list[StandIn] = []
@@ -85,7 +87,17 @@ class PackedLinears:
             group.pack(self._chosen[group.shape])
         if stale or not self._stand_ins:
             of_groups = [own for group in self._groups for own in group.stand_ins()]
-            self._stand_ins = of_groups + [norm.stand_in() for norm in self._norms]
+            self._stand_ins = [
+                *of_groups,
+                *(norm.stand_in() for norm in self._norms),
+                *(layer.stand_in() for layer in self._fused_layers()),
+            ]
+
+    def _fused_layers(self) -> list[FusedLayer]:
+        model = self._model()
+        assert model is not None
+        products: Products = {tuple(group.members): group.packed for group in self._groups}
+        return fused_layers(model, products, self._norms)
 
     @contextmanager
     def active(self) -> Iterator[None]:
