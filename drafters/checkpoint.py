@@ -104,6 +104,22 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise StateError(f"{path} is damaged or no safetensors file ({error})") from error
 
 
+def find_shipped(kind: str, target: Any) -> Path | None:
+    """Returns the folder of the weights that come with the toolkit for a model; None without any.
+
+    Args:
+        kind: the drafter's name.
+        target: the model it is to draft for.
+    """
+    own = fingerprint(target)
+    assets = Path(str(files("specdec.assets")))
+    for path in sorted(assets.glob(f"*/{_CONFIG}")):
+        config = _read_config(path.parent)
+        if config.get("specdec_drafter") == kind and config.get("target") == own:
+            return path.parent
+    return None
+
+
 def shipped(kind: str, target: Any) -> Path:
     """Returns the folder of the weights that come with the toolkit for a model.
 
@@ -114,16 +130,13 @@ def shipped(kind: str, target: Any) -> Path:
     Raises:
         ConfigError: if there are none; the message says how to train them.
     """
-    own = fingerprint(target)
-    assets = Path(str(files("specdec.assets")))
-    for path in sorted(assets.glob(f"*/{_CONFIG}")):
-        config = _read_config(path.parent)
-        if config.get("specdec_drafter") == kind and config.get("target") == own:
-            return path.parent
-    raise ConfigError(
-        f"no trained {kind} drafter comes with the toolkit for this {type(target).__name__}; train "
-        f"one with scripts/train_drafter.py {kind}, and pass its folder as weights=..."
-    )
+    folder = find_shipped(kind, target)
+    if folder is None:
+        raise ConfigError(
+            f"no trained {kind} drafter comes with the toolkit for this {type(target).__name__}; "
+            f"train one with scripts/train_drafter.py {kind}, and pass its folder as weights=..."
+        )
+    return folder
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

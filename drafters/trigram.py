@@ -11,12 +11,14 @@ import numpy as np
 from torch import Tensor
 
 from specdec.drafters.calibration import Calibration
+from specdec.drafters.checkpoint import find_shipped
 from specdec.drafters.counted_rows import counted_rows, triples_of
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import NOTHING, ListedLaw, at_most_certain
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.drafters.scored_nodes import ScoredNodes
 from specdec.drafters.slots import StoredRow, log_shares_of
+from specdec.drafters.trained_table import TrainedTable, load_table
 from specdec.errors import ConfigError, StateError
 from specdec.types import (
     DraftContext,
@@ -32,6 +34,7 @@ from specdec.types import (
 # the last token's row names besides the pair's
 _SOURCES = ("pair", "single", "rest")
 _PAIR, _SINGLE, _REST = range(3)
+_NO_MODEL = object()
 SourcedRow = tuple[int, StoredRow]  # with the place of its source
 
 
@@ -52,20 +55,30 @@ class Trigram(LearningDrafter):
 
     Rows of a batch, and calls, share the store: it changes which guesses are made, never the text.
 
+    With `weights` the store begins with the mean laws of text that the target wrote beforehand
+    (``python -m specdec train trigram``), and replaces them by what it sees.
+
     Args:
         num_pairs: slots of the store, for pairs and single tokens together. One takes 12 + 6 k
             bytes, whatever the vocabulary: 31 MB by default.
         num_successors: k, the entries of a row.
         prompt_rows: learn from the prompt's positions too; it costs the language-model head there.
+        weights: a folder that ``scripts/train_drafter.py trigram`` wrote; "shipped" for what comes
+            with the toolkit, if there is such a table for the target; None to begin with nothing.
 
     Raises:
         ConfigError: if there are less than eight slots or no successors.
     """
 
     name = "trigram"
+    SURVIVORS = 8  # successors of a row, unless another number is asked for
 
     def __init__(
-        self, num_pairs: int = 1 << 19, num_successors: int = 8, prompt_rows: bool = True
+        self,
+        num_pairs: int = 1 << 19,
+        num_successors: int = SURVIVORS,
+        prompt_rows: bool = True,
+        weights: str | os.PathLike[str] | None = None,
     ) -> None:
         self._store = PairStore(num_pairs, num_successors)
         self._k = num_successors
@@ -74,6 +87,9 @@ class Trigram(LearningDrafter):
         )
         self._vocab_size = 0  # 0: not attached yet
         self._num_seen = 0  # one above the largest id of a corpus
+        self._weights = weights
+        self._trained: TrainedTable | None = None
+        self._trained_for: Any = _NO_MODEL  # whose table was looked for
         self._before: dict[int, int] = {}  # the token before the root, by row
         self._calibrations = [Calibration(num_successors) for _ in _SOURCES]
 
@@ -121,7 +137,12 @@ class Trigram(LearningDrafter):
             self._store.write(*rows)
 
     def attach(self, target: TargetInfo) -> None:
-        """Fits the store to a vocabulary; keeps a learned one that already fits."""
+        """Fits the store to a vocabulary; keeps a learned one that already fits.
+
+        Raises:
+            ConfigError: if it does not fit, or weights are wanted and the model is not known.
+            StateError: if the weights are damaged, or of another target.
+        """
         if self._k > target.vocab_size:
             raise ConfigError(
                 f"num_successors is {self._k}, but the vocabulary has {target.vocab_size} tokens"
@@ -134,6 +155,57 @@ class Trigram(LearningDrafter):
                 f"{target.vocab_size}; make a new drafter or call reset()"
             )
         self._vocab_size = target.vocab_size
+        if self._weights is not None and self._trained_for is not target.model:
+            self._trained = self._table_for(target)
+            self._trained_for = target.model
+            if self._trained is not None:
+                self.take(self._trained)
+
+    def _table_for(self, target: TargetInfo) -> TrainedTable | None:
+        folder = self._weights
+        if folder == "shipped":
+            folder = None if target.model is None else find_shipped(self.name, target.model)
+        elif target.model is None:
+            raise ConfigError(
+                "the weights of a trigram drafter belong to one model: give it to a "
+                "SpeculativeGenerator, which hands it the model"
+            )
+        return None if folder is None else load_table(folder, target.model, target.vocab_size)
+
+    def take(self, table: TrainedTable) -> None:
+        """Stores the rows of a table, and believes guesses as far as it says.
+
+        Raises:
+            StateError: if its rows or its counts are for more successors than this store keeps.
+        """
+        count, width = table.ids.shape
+        state = [
+            LearnedState({"hits": hits, "trials": trials})
+            for hits, trials in zip(table.hits, table.trials, strict=True)
+        ]
+        if width > self._k or len(state) != len(_SOURCES):
+            raise StateError(
+                f"the table has {width} successors a row, this drafter keeps {self._k}"
+            )
+        calibrations = [Calibration.restored(own, self._k) for own in state]
+        ids = np.full((count, self._k), -1, dtype=np.int32)
+        log_shares = np.full(ids.shape, -np.inf, dtype=np.float16)
+        ids[:, :width], log_shares[:, :width] = table.ids, table.log_shares
+        self._store.write(table.firsts, table.seconds, ids, log_shares)
+        self._calibrations = calibrations
+
+    def judge(self, tokens: Sequence[int]) -> None:
+        """Counts, along a text, which guesses of the store are right; stores nothing."""
+        for first, second, following in zip(tokens, tokens[1:], tokens[2:], strict=False):
+            self._count(first, second, following)
+
+    def counts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns hits and trials ``[sources, ranks, buckets]`` of the guesses so far."""
+        states = [calibration.state().arrays for calibration in self._calibrations]
+        return (
+            np.stack([state["hits"] for state in states]),
+            np.stack([state["trials"] for state in states]),
+        )
 
     @property
     def nbytes(self) -> int:
@@ -200,10 +272,12 @@ class Trigram(LearningDrafter):
         self._before.pop(row, None)
 
     def reset(self) -> None:
-        """Forgets the store and the calibrations, what a corpus gave included."""
+        """Forgets the store and the calibrations, what a corpus gave included; weights stay."""
         self._store.clear()
         self._num_seen = 0
         self._calibrations = [Calibration(self._k) for _ in _SOURCES]
+        if self._trained is not None:
+            self.take(self._trained)
 
     def state(self) -> LearnedState:
         """Returns the store and the calibrations."""

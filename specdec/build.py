@@ -35,12 +35,12 @@ def _masked_diffusion() -> Any:
     )
 
 
-def _hybrid() -> Any:
+def _hybrid(weights: str | None = None) -> Any:
     from specdec.drafters import Hybrid, Suffix, Trigram
 
     # the suffix source reads the prompt already; the target's guesses behind each of its tokens
     # took a third of a long prefill and brought no token more
-    return Hybrid([Suffix(), Trigram(prompt_rows=False)])
+    return Hybrid([Suffix(), Trigram(prompt_rows=False, weights=weights)])
 
 
 def _policy(name: str) -> Callable[[], Any]:
@@ -101,8 +101,10 @@ VERIFIERS: dict[str, Callable[[], Any]] = {
     "traversal": _verifier("Traversal"),
 }
 
-# what "auto" means for the drafter; `specdec.auto` fits policy and verifier to it
-_AUTO_DRAFTER = "hybrid"
+
+def _auto_drafter() -> Any:
+    """Returns what "auto" means for the drafter; `specdec.auto` fits policy and verifier to it."""
+    return _hybrid(weights="shipped")
 
 
 def build_drafter(spec: str | Drafter | None) -> Drafter | None:
@@ -161,7 +163,9 @@ def _build(kind: str, spec: Any, known: dict[str, Callable[[], Any]], protocol: 
             f"{kind} must be a name or an object with the members of specdec.types."
             f"{protocol.__name__}, got {type(spec).__name__}"
         )
-    name = _AUTO_DRAFTER if (kind, spec) == ("drafter", "auto") else spec
+    if (kind, spec) == ("drafter", "auto"):
+        return _auto_drafter()
+    name = spec
     if name in known:
         return known[name]()
     plugins = _plugins(kind)

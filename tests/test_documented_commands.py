@@ -53,6 +53,7 @@ _SMALL = {
     "bench_kernels --passes": "--passes tiny --contexts 16 --repeats 1",
     "train student": f"{_SHORT_RUN} --epochs 1 --layers 0",
     "train diffusion": f"{_SHORT_RUN} --minutes 0.001",
+    "train trigram": f"{_FEW_TEXTS} --held-out 2 --eval-tokens 2 --held-out-share 0.5",
     "train text": _FEW_TEXTS,
     "fit_scaling_law": "",
     "plot_sweep": "",

@@ -14,7 +14,7 @@ from specdec.types import Drafter
 NO_DRAFTER = "none"
 # the first layers of a model that was not trained for it: slow, and says little of early exit
 _ON_REQUEST = ("early_exit",)
-_TRAINED = ("diffusion", "lexical_unit", "student")
+_TRAINED = ("diffusion", "lexical_unit", "student", "trigram")
 
 
 def split_drafter(drafter: str) -> tuple[str, str]:
@@ -28,7 +28,7 @@ def check_drafter(drafter: str) -> list[str]:
 
     Args:
         drafter: a name, alone or with its argument: ``early_exit:LAYERS``, ``small_model:MODEL``,
-            ``student:FOLDER`` (``diffusion``, ``lexical_unit``), ``hybrid:NAME+NAME``,
+            ``student:FOLDER`` (``diffusion``, ``lexical_unit``, ``trigram``), ``hybrid:NAME+NAME``,
             ``package.module.Class``; or "none".
     """
     name, argument = split_drafter(drafter)
@@ -93,10 +93,17 @@ def make_drafter(
             "diffusion": Diffusion,
             "lexical_unit": LexicalUnit,
             "student": Student,
+            "trigram": _trained_trigram,
         }
         return trained[name](argument)
     model, own = load(argument)
     return SmallModel(model, None if own.get_vocab() == tokenizer.get_vocab() else own)
+
+
+def _trained_trigram(weights: str) -> Drafter:
+    from specdec.drafters import Trigram
+
+    return Trigram(weights=weights)
 
 
 def drafters_for(model: Any, tokenizer: Any) -> tuple[list[str], dict[str, str]]:

@@ -41,7 +41,8 @@ def write_card(
     facts: CardFacts,
     corpus: CorpusFacts,
     texts: Sequence[OwnText],
-    run: RunFolder,
+    work: Sequence[tuple[str, str]],
+    figures: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
 ) -> Path:
     """Writes README.md into a drafter's folder and returns its path.
@@ -51,13 +52,11 @@ def write_card(
         facts: what the command knows.
         corpus: what the training text was made from.
         texts: that it was trained on.
-        run: its losses and figures.
+        work: what was done, as lines of the card's table.
+        figures: `block_efficiency` and `acceptance_rate` when they were measured, and at what
+            `step`, if there were steps.
         settings: of training and recipe.
     """
-    records = list(run.records())
-    losses = [record for record in records if "loss" in record]
-    figures = [record for record in records if "block_efficiency" in record]
-    tail = losses[-max(1, len(losses) // 20) :]
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     answers = sum(len(text.tokens) - text.answer_start for text in texts)
     greedy = sum(text.greedy for text in texts)
@@ -65,7 +64,7 @@ def write_card(
     lines = [
         f"# {facts.kind} drafter for {facts.target}",
         "",
-        f"Made by {datetime.datetime.now(tz=datetime.UTC).date()} with torch {torch.__version__} "
+        f"Made on {datetime.datetime.now(tz=datetime.UTC).date()} with torch {torch.__version__} "
         f"and transformers {transformers.__version__} on {_hardware()}. Loads with",
         f"`drafter=specdec.drafters.{facts.kind.title().replace('_', '')}(weights=FOLDER)`.",
         "",
@@ -76,9 +75,7 @@ def write_card(
         f"| weights | {size / 1e6:.1f} MB |",
         f"| data | {len(texts)} texts the target wrote itself ({greedy} greedily, the others at "
         f"temperature 1), {answers} tokens of answers; nobody else's text |",
-        f"| steps | {len(losses)} in {sum(r['seconds'] for r in losses) / 60:.1f} minutes |",
-        f"| loss | {_mean(tail, 'loss'):.4f} over the last {len(tail)} steps, "
-        f"{_mean(losses[: len(tail)], 'loss'):.4f} over the first |",
+        *(f"| {name} | {told} |" for name, told in work),
         "",
         "## Command",
         "",
@@ -93,8 +90,9 @@ def write_card(
         "| step | block efficiency | acceptance rate |",
         "|---|---|---|",
         *(
-            f"| {r['step']} | {r['block_efficiency']:.3f} | {r['acceptance_rate']:.1%} |"
-            for r in figures
+            f"| {figure.get('step', 'no steps')} | {figure['block_efficiency']:.3f} | "
+            f"{figure['acceptance_rate']:.1%} |"
+            for figure in figures
         ),
         "",
         "## Settings",
@@ -107,6 +105,23 @@ def write_card(
     path = folder / "README.md"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def of_run(run: RunFolder) -> tuple[list[tuple[str, str]], list[Mapping[str, Any]]]:
+    """Returns what a run of the optimizer has to tell `write_card`: its work and its figures."""
+    records = list(run.records())
+    losses = [record for record in records if "loss" in record]
+    tail = losses[-max(1, len(losses) // 20) :]
+    minutes = sum(record["seconds"] for record in losses) / 60
+    work = [
+        ("steps", f"{len(losses)} in {minutes:.1f} minutes"),
+        (
+            "loss",
+            f"{_mean(tail, 'loss'):.4f} over the last {len(tail)} steps, "
+            f"{_mean(losses[: len(tail)], 'loss'):.4f} over the first",
+        ),
+    ]
+    return work, [record for record in records if "block_efficiency" in record]
 
 
 def _mean(records: Sequence[Mapping[str, Any]], name: str) -> float:

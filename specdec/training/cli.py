@@ -3,6 +3,7 @@
     python -m specdec train student --epochs 8 --out student
     python -m specdec train diffusion --model NAME_OR_PATH --minutes 40 --out diffusion
     python -m specdec train student --config run.yaml
+    python -m specdec train trigram --out table
     python -m specdec train text --num-texts 2048 --texts own_text
 
 A configuration file has the options' names with underscores: `num_texts: 2048`, `layers: [0, 1,
@@ -13,10 +14,8 @@ text, goes on where it was when the same command is run again. docs/training.md 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,18 @@ from specdec.backend.fingerprint import fingerprint
 from specdec.cache_dir import default_cache_dir
 from specdec.errors import ConfigError
 from specdec.pretrained import load_model
-from specdec.prompts import Prompt, encode, read_prompts, spread_over_categories
-from specdec.training.card import CardFacts, write_card
+from specdec.prompts import Prompt, read_prompts, spread_over_categories
 from specdec.training.corpus import Corpus
 from specdec.training.diffusion_init import target_layers
-from specdec.training.evaluation import BlockEfficiency
+from specdec.training.making import Material, count_tables, train_drafter
 from specdec.training.options import ConfigFile, add_settings, settings_of
 from specdec.training.own_text import TextRecipe, write_own_text
 from specdec.training.recipes import RECIPES, Entry
-from specdec.training.trainer import TrainSettings, train
+from specdec.training.trainer import TrainSettings
+from specdec.training.trigram import TableSettings
 
 _TEXT = "text"
+_TABLE = "trigram"
 _LENGTHS = ("steps", "epochs", "minutes")
 _TEXT_OPTIONS = ("num_texts", "prompt_tokens", "answer_tokens", "greedy_share")
 _TEXT_BATCH = 32  # rows written at a time, and so a shard of the corpus
@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _TEXT, help="only have the target write the text to train on", allow_abbrev=False
         )
     )
+    table = commands.add_parser(
+        _TABLE, help="tables counted over the target's text: no steps", allow_abbrev=False
+    )
+    _add_text_arguments(table)
+    _add_output_arguments(table)
+    add_settings(table.add_argument_group(_TABLE), TableSettings)
     for name, entry in RECIPES.items():
         command = commands.add_parser(name, help=entry.help, allow_abbrev=False)
         _add_text_arguments(command)
@@ -69,12 +75,18 @@ def run(arguments: argparse.Namespace) -> None:
     """
     entry = RECIPES.get(arguments.recipe)
     settings = None if entry is None else _settings(arguments, entry)
+    table = None
+    if arguments.recipe == _TABLE:
+        table = TableSettings(**settings_of(arguments, TableSettings))
     asked = _eval_prompts(arguments)  # now, and not after minutes of work
     model, tokenizer = load_model(arguments.model)
     name = Path(model.config.name_or_path).name or type(model).__name__
     corpus = _corpus(arguments, model, tokenizer, name)
     if entry is not None and settings is not None:
-        _train(arguments, entry, settings, corpus, model, tokenizer, name, asked)
+        train_drafter(arguments, entry, settings, Material(corpus, model, tokenizer, name, asked))
+        return
+    if table is not None:
+        count_tables(arguments, table, Material(corpus, model, tokenizer, name, asked))
         return
     texts = list(corpus.texts(layers=()))
     tokens = sum(len(text.tokens) for text in texts)
@@ -119,19 +131,13 @@ def _add_text_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    training = parser.add_argument_group("training")
-    training.add_argument("--out", metavar="FOLDER", type=Path, help="in the cache when left out")
-    length = training.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="the exact form: the same anywhere")
-    length.add_argument("--epochs", type=float)
-    length.add_argument("--minutes", type=float, help="as many steps as take that long here")
-    add_settings(training, TrainSettings, taken=(*_LENGTHS, "evaluations"))
-    training.add_argument(
+def _add_output_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds what every drafter needs, and returns the group about its evaluation."""
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="in the cache when left out")
+    parser.add_argument(
         "--licence", default="see its own card", help="the target's, for the drafter's card"
     )
     evaluation = parser.add_argument_group("evaluation", "block efficiency of a chain, greedy")
-    evaluation.add_argument("--evaluations", type=int, default=4, help="spread over the run")
     evaluation.add_argument(
         "--held-out", type=int, default=16, help="texts kept from training, for their prompts"
     )
@@ -140,6 +146,18 @@ def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     evaluation.add_argument("--eval-tokens", type=int, default=64, help="to write per prompt")
     evaluation.add_argument("--eval-nodes", type=int, default=6, help="length of the chain")
+    return evaluation
+
+
+def _add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    training = parser.add_argument_group("training")
+    length = training.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help="the exact form: the same anywhere")
+    length.add_argument("--epochs", type=float)
+    length.add_argument("--minutes", type=float, help="as many steps as take that long here")
+    add_settings(training, TrainSettings, taken=(*_LENGTHS, "evaluations"))
+    evaluation = _add_output_arguments(parser)
+    evaluation.add_argument("--evaluations", type=int, default=4, help="spread over the run")
 
 
 def _settings(arguments: argparse.Namespace, entry: Entry) -> TrainSettings:
@@ -184,87 +202,9 @@ def _corpus(arguments: argparse.Namespace, model: Any, tokenizer: Any, name: str
     )
 
 
-def _train(
-    arguments: argparse.Namespace,
-    entry: Entry,
-    settings: TrainSettings,
-    corpus: Corpus,
-    model: Any,
-    tokenizer: Any,
-    name: str,
-    asked: Sequence[Prompt],
-) -> None:
-    folder = arguments.out or default_cache_dir() / "drafters" / f"{arguments.recipe}-{name}"
-    texts = list(corpus.texts(layers=()))
-    held_out = min(max(arguments.held_out, 0), len(texts) // 4)
-    num_texts = len(texts) - held_out
-    if num_texts < 1:
-        raise ConfigError(f"{corpus.folder} has no text to train on; raise --num-texts")
-    # steps of the optimizer drown in bfloat16; --mixed-precision computes in it
-    own = settings_of(arguments, entry.settings_class())
-    recipe = entry.make()(model.float(), texts[:num_texts], **own)
-    prompts = [text.tokens[: text.answer_start].unsqueeze(0) for text in texts[num_texts:]]
-    evaluated_on = f"prompts of {held_out} of its own texts that were kept from training"
-    if asked:
-        prompts = [encode(tokenizer, prompt) for prompt in asked]
-        evaluated_on = f"{len(prompts)} prompts of {Path(arguments.eval_prompts).name}"
-    if recipe.layers:
-        texts = list(corpus.texts(layers=recipe.layers))
-    run = train(
-        recipe,
-        texts[:num_texts],
-        folder,
-        settings,
-        about={
-            **own,
-            "target": corpus.facts.target,
-            "text": {k: v for k, v in corpus.facts.recipe.items() if k != "openings"},
-        },
-        evaluate=_evaluation(arguments, entry, model, tokenizer, prompts) if prompts else None,
-        progress=not arguments.quiet,
-    )
-    card = write_card(
-        folder,
-        CardFacts(
-            arguments.recipe,
-            entry.drafter,
-            name,
-            arguments.licence,
-            _command(sys.argv),
-            f"{evaluated_on}, {arguments.eval_tokens} tokens each, {arguments.eval_nodes} nodes",
-        ),
-        corpus.facts,
-        texts[:num_texts],
-        run,
-        asdict(settings) | own,
-    )
-    sys.stdout.write(f"{folder} has the drafter, {card.name} says what it is\n")
-
-
 def _eval_prompts(arguments: argparse.Namespace) -> list[Prompt]:
     """Returns prompts of the user's own to evaluate on; none where none are named."""
     if getattr(arguments, "eval_prompts", None) is None:
         return []
     prompts = read_prompts(arguments.eval_prompts)
     return spread_over_categories(prompts, max(1, arguments.held_out))
-
-
-def _evaluation(
-    arguments: argparse.Namespace, entry: Entry, model: Any, tokenizer: Any, prompts: Sequence[Any]
-) -> BlockEfficiency:
-    return BlockEfficiency(
-        model,
-        tokenizer,
-        entry.drafter_of,
-        prompts,
-        num_nodes=arguments.eval_nodes,
-        max_new_tokens=arguments.eval_tokens,
-        progress=not arguments.quiet,
-    )
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """Returns the command line; folders of this machine are nobody else's business."""
-    own = arguments[2:] if arguments[1:2] == ["train"] else arguments[1:]
-    parts = [Path(part).name if Path(part).is_absolute() else part for part in own]
-    return shlex.join(["python", "-m", "specdec", "train", *parts])
