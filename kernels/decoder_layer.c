@@ -23,7 +23,7 @@ struct layer {
 /* What a pass hands to every layer. */
 struct pass {
     const float *cos, *sin; /* [nodes, width]; those of the next row `angle_stride` on */
-    const float *mask;      /* added to scores, [nodes, mask_line], or NULL; `mask_stride` */
+    const float *mask;      /* added to scores, lines `mask_line` apart, rows `mask_stride`; or NULL */
     const int64_t *starts;  /* [batch], the slot of each row's first node */
     int64_t batch, nodes, visible; /* slots attended over */
     int64_t angle_stride, mask_stride, mask_line;
@@ -66,7 +66,7 @@ ALWAYS vec totals(vec *x) {
 
 /* exp to a unit in the last place or two; 0 below the normal numbers. Source: Cephes' expf. */
 ALWAYS float exponential(float x) {
-    const float bounded = x < 88.0f ? x : 88.0f; /* also NaN, which comes back below */
+    const float bounded = x < 88.0f ? x : 88.0f; /* NaN too, which comes back below */
     const float nearest = 12582912.0f; /* 1.5 * 2**23: adding it rounds to an integer */
     const float n = (bounded * 1.44269504f + nearest) - nearest;
     const float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
@@ -120,11 +120,10 @@ static void place(const struct layer *l, const struct pass *p, float *joined, fl
 ALWAYS void score(const int count, const struct pass *p, float scale, const float *queries,
                   int64_t line, const float *keys, const float *mask, float *scores,
                   int64_t width) {
-    enum { MOST = LANES };
-    const int slots = MOST / count;
+    const int slots = LANES / count;
     for (int64_t slot = 0; slot < p->visible; slot += slots) {
-        vec dots[MOST];
-        for (int i = 0; i < MOST; i++) dots[i] = (vec){0};
+        vec dots[LANES];
+        for (int i = 0; i < LANES; i++) dots[i] = (vec){0};
         for (int64_t i = 0; i < width; i += LANES)
             for (int k = 0; k < slots; k++) {
                 const int64_t own = slot + k < p->visible ? slot + k : p->visible - 1;

@@ -260,6 +260,7 @@ def _facts(backend: TreeModel) -> dict[str, Any]:
         "dtype": str(backend.model.dtype),
         "attention": backend.attention or backend.traits.attention,
         "packed": None if backend.packed is None else backend.packed.formats,
+        "fused_layers": 0 if backend.packed is None else backend.packed.num_fused,
         "tree_attention": backend.tree_attention,
         "device": f"{device.type}: {name}",
         "threads": torch.get_num_threads(),

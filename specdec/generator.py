@@ -58,7 +58,8 @@ class SpeculativeGenerator:
             weights in a layout that multiplies several rows faster. "blocks" is our own (compiled
             by the machine's C compiler when first used): it keeps weights that came from bfloat16
             or from a quantised file as what they were, which takes a half to a fifth of the
-            weights' memory, and gives the same float32 numbers. "onednn" and "mkl" take as much as
+            weights' memory, and gives the same float32 numbers; decoder layers like Llama's then run
+            as one call each. "onednn" and "mkl" take as much as
             the weights, "fp16" half. "auto" measures which is fastest, None runs the layers as
             they are.
         tree_attention: the kernel that attends in passes over trees: "triton" (a GPU), "torch",
@@ -130,11 +131,14 @@ class SpeculativeGenerator:
 
     @property
     def packed_weights(self) -> dict[str, Any] | None:
-        """How many layers run in which layout, and the bytes of the copies; None without any."""
+        """How many linear layers run in which layout, how many decoder layers as one call of C,
+        and the bytes of the copies; None without any.
+        """
         packed = self._backend.packed
         if packed is None:
             return None
-        return {"layers": packed.formats, "nbytes": packed.nbytes}
+        fused = packed.num_fused
+        return {"layers": packed.formats, "fused_layers": fused, "nbytes": packed.nbytes}
 
     @property
     def captured(self) -> bool:

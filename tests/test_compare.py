@@ -256,7 +256,7 @@ def test_a_full_disk_leaves_the_comparison_before(
     ("options", "message"),
     [
         (["--drafters", "nonsense"], "unknown drafter 'nonsense'; known are: auto, diffusion"),
-        (["--drafters", "trigram:3"], "'trigram' takes no argument"),
+        (["--drafters", "suffix:3"], "'suffix' takes no argument"),
         (["--drafters", "small_model"], "small_model:NAME_OR_PATH"),
         (["--prompts", "missing.txt"], "missing.txt does not exist"),
         (["--prompts", "empty.txt"], "empty.txt is empty"),

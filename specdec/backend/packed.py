@@ -39,7 +39,8 @@ class PackedLinears:
     product. A layer is left alone if it is no plain `torch.nn.Linear` of float32 on a CPU, or if
     someone else has replaced its `forward` (accelerate's offloading, for one).
 
-    RMS norms run as one call each beside them (`specdec.backend.norms`).
+    RMS norms run as one call each beside them (`specdec.backend.norms`), and so do whole decoder
+    layers of the Llama kind whose products are in blocks (`specdec.backend.fused_layers`).
 
     The model is as it was found outside `active`. Weights that were written to or replaced since
     (an adapter merged, a checkpoint loaded) are noticed by `refresh`.
@@ -59,6 +60,7 @@ class PackedLinears:
         self._norms = native_norms(model)
         self._model = ref(model)
         self._chosen: dict[tuple[int, int], str | None] = {}
+        self._fused: list[FusedLayer] = []
         self._stand_ins: list[StandIn] = []
         self._placed: list[StandIn] = []
         self.refresh()
@@ -77,6 +79,11 @@ class PackedLinears:
             count[name] = count.get(name, 0) + len(group.members)
         return count
 
+    @property
+    def num_fused(self) -> int:
+        """Decoder layers that run as one call: `specdec.backend.fused_layers`."""
+        return len(self._fused)
+
     def refresh(self) -> None:
         """Packs what was not packed yet, or has changed since."""
         stale = [group for group in self._groups if group.is_stale()]
@@ -86,12 +93,10 @@ class PackedLinears:
         for group in stale:
             group.pack(self._chosen[group.shape])
         if stale or not self._stand_ins:
+            self._fused = self._fused_layers()
             of_groups = [own for group in self._groups for own in group.stand_ins()]
-            self._stand_ins = [
-                *of_groups,
-                *(norm.stand_in() for norm in self._norms),
-                *(layer.stand_in() for layer in self._fused_layers()),
-            ]
+            others = [part.stand_in() for part in (*self._norms, *self._fused)]
+            self._stand_ins = of_groups + others
 
     def _fused_layers(self) -> list[FusedLayer]:
         model = self._model()
