@@ -23,7 +23,7 @@ struct layer {
 /* What a pass hands to every layer. */
 struct pass {
     const float *cos, *sin; /* [nodes, width]; those of the next row `angle_stride` on */
-    const float *mask;      /* added to scores, lines `mask_line` apart, rows `mask_stride`; or NULL */
+    const float *mask;      /* added to scores; nodes lie `mask_line` apart, rows `mask_stride` */
     const int64_t *starts;  /* [batch], the slot of each row's first node */
     int64_t batch, nodes, visible; /* slots attended over */
     int64_t angle_stride, mask_stride, mask_line;

@@ -58,10 +58,9 @@ class SpeculativeGenerator:
             weights in a layout that multiplies several rows faster. "blocks" is our own (compiled
             by the machine's C compiler when first used): it keeps weights that came from bfloat16
             or from a quantised file as what they were, which takes a half to a fifth of the
-            weights' memory, and gives the same float32 numbers; decoder layers like Llama's then run
-            as one call each. "onednn" and "mkl" take as much as
-            the weights, "fp16" half. "auto" measures which is fastest, None runs the layers as
-            they are.
+            weights' memory, and gives the same float32 numbers; decoder layers like Llama's then
+            run as one call each. "onednn" and "mkl" take as much as the weights, "fp16" half.
+            "auto" measures which is fastest, None runs the layers as they are.
         tree_attention: the kernel that attends in passes over trees: "triton" (a GPU), "torch",
             "reference", or "auto" for what fits the device. None is the model's own attention
             under a tree's mask, which for now is the default: the kernel has not been timed.
