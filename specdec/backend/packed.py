@@ -94,9 +94,11 @@ class PackedLinears:
             group.pack(self._chosen[group.shape])
         if stale or not self._stand_ins:
             self._fused = self._fused_layers()
-            of_groups = [own for group in self._groups for own in group.stand_ins()]
-            others = [part.stand_in() for part in (*self._norms, *self._fused)]
-            self._stand_ins = of_groups + others
+            self._stand_ins = [
+                *(own for group in self._groups for own in group.stand_ins()),
+                *(norm.stand_in() for norm in self._norms),
+                *(layer.stand_in() for layer in self._fused),
+            ]
 
     def _fused_layers(self) -> list[FusedLayer]:
         model = self._model()
