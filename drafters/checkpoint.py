@@ -109,8 +109,10 @@ def find_shipped(kind: str, target: Any) -> Path | None:
 
     Args:
         kind: the drafter's name.
-        target: the model it is to draft for.
+        target: the model it is to draft for; one whose embedding is offloaded is not recognised.
     """
+    if target.get_input_embeddings().weight.device.type == "meta":
+        return None
     own = fingerprint(target)
     assets = Path(str(files("specdec.assets")))
     for path in sorted(assets.glob(f"*/{_CONFIG}")):
