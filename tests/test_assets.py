@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 ASSETS = Path(str(files("specdec.assets")))
 FOLDERS = sorted(path.parent for path in ASSETS.glob("*/config.json"))
-KINDS = {"diffusion", "lexical_unit", "student"}
+KINDS = {"diffusion", "lexical_unit", "student", "trigram"}
 MOST_BYTES = 40 * 10**6
 
 
