@@ -9,75 +9,20 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from specdec.kernels.block_linear import MOST_ROWS
+from specdec.kernels.decoder_layer_reference import reference
+from specdec.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
 from specdec.kernels.native import library, why_not
-from specdec.kernels.rms_norm import rms_norm
-from specdec.kernels.weight_blocks import BlockWeight, from_blocks
 
 IMPLEMENTATIONS = ("reference", "native")
 WIDTHS = 32  # a head's width is a multiple of it
 _SOURCE = Path(__file__).with_suffix(".c")
-
-
-class Norm(NamedTuple):
-    """The arguments of `rms_norm` beside its rows."""
-
-    weight: Tensor
-    eps: float
-    offset: float = 0.0
-
-
-class Product(NamedTuple):
-    """A linear layer: the weight ``[N, K]`` in blocks, and the bias ``[N]`` float32 or None."""
-
-    weight: BlockWeight
-    bias: Tensor | None = None
-
-
-class LayerParts(NamedTuple):
-    """What a layer is made of: H hidden numbers, Hq query heads and Hkv others of D, I inner ones.
-
-    Attributes:
-        joined: ``[(Hq + 2 Hkv) * D, H]``: queries, keys and values.
-        output: ``[H, Hq * D]``.
-        gates: ``[2 I, H]``: gate and up.
-        down: ``[H, I]``.
-        before: the norm of what goes into the attention.
-        between: the norm of what goes into the gates.
-        width: D, a multiple of 32.
-        scale: of the scores.
-        query_norm: of single heads, before they are rotated; None for none.
-        key_norm: as `query_norm`, and there if that is, with equal eps and offset.
-    """
-
-    joined: Product
-    output: Product
-    gates: Product
-    down: Product
-    before: Norm
-    between: Norm
-    width: int
-    scale: float
-    query_norm: Norm | None = None
-    key_norm: Norm | None = None
-
-    @property
-    def query_heads(self) -> int:
-        """Hq."""
-        return self.output.weight.num_inputs // self.width
-
-    @property
-    def heads(self) -> int:
-        """Hkv."""
-        return (self.joined.weight.num_outputs // self.width - self.query_heads) // 2
 
 
 class DecoderLayer:
@@ -114,34 +59,14 @@ class DecoderLayer:
             parts.width,
         )
 
-    def run(
-        self,
-        rows: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        starts: Sequence[int],
-        mask: Tensor | None,
-        *,
-        visible: int | None = None,
-        impl: str = "native",
-    ) -> Tensor:
+    def run(self, call: LayerCall, *, impl: str = "native") -> Tensor:
         """Returns what the layer makes of nodes behind what its cache holds; writes theirs to it.
 
         With "native" what comes out of a node is the same bits for any number of other nodes, in
         its row and in others, wherever those stand in the cache that it does not see.
 
         Args:
-            rows: ``[B, N, H]`` float32, as all that follows; "native" takes B * N up to 128.
-            cos: ``[B or 1, N, D]``.
-            sin: ``[B or 1, N, D]``.
-            keys: ``[B, Hkv, S, D]``, written to; slots of a head lie side by side.
-            values: ``[B, Hkv, S, D]``, as `keys`, written to.
-            starts: B slots, of each row's first node; the others stand behind it.
-            mask: ``[B or 1, 1, N, visible or more]``, added to the scores; None where every node
-                sees all slots.
-            visible: slots that are looked at, S if None.
+            call: nodes and cache; "native" takes B * N up to 128.
             impl: "reference", or "native": C, compiled when it is first called.
 
         Returns:
@@ -153,22 +78,21 @@ class DecoderLayer:
         """
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"decoder_layer: impl must be one of {IMPLEMENTATIONS}; got {impl!r}")
-        visible = keys.shape[2] if visible is None else visible
-        _check_call(self.parts, rows, (cos, sin), (keys, values), starts, mask, visible)
+        _check_call(self.parts, call)
         if impl == "reference":
-            return _reference(self.parts, rows, (cos, sin), (keys, values), starts, mask, visible)
+            return reference(self.parts, call)
+        rows, mask, keys = call.rows.contiguous(), call.mask, call.keys
         batch, nodes, _ = rows.shape
-        rows = rows.contiguous()
-        first = array("q", starts)
-        call = _Pass(
-            cos.data_ptr(),
-            sin.data_ptr(),
+        starts = array("q", call.starts)
+        shared = _Pass(
+            call.cos.data_ptr(),
+            call.sin.data_ptr(),
             None if mask is None else mask.data_ptr(),
-            first.buffer_info()[0],
+            starts.buffer_info()[0],
             batch,
             nodes,
-            visible,
-            nodes * self.parts.width if len(cos) > 1 else 0,
+            call.visible,
+            nodes * self.parts.width if len(call.cos) > 1 else 0,
             0 if mask is None or len(mask) == 1 else mask.stride(0),
             0 if mask is None else mask.stride(2),
             keys.stride(0),
@@ -176,17 +100,10 @@ class DecoderLayer:
             torch.get_num_threads(),
         )
         room, run = _functions()
-        work = torch.empty(room(self._layer, call))
+        work = torch.empty(room(self._layer, shared))
         output = torch.empty_like(rows)
-        run(
-            self._layer,
-            call,
-            rows.data_ptr(),
-            output.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            work.data_ptr(),
-        )
+        tensors = (rows, output, keys, call.values, work)
+        run(self._layer, shared, *(tensor.data_ptr() for tensor in tensors))
         return output
 
 
@@ -225,18 +142,11 @@ def _check_parts(parts: LayerParts) -> None:
         )
 
 
-def _check_call(
-    parts: LayerParts,
-    rows: Tensor,
-    angles: tuple[Tensor, Tensor],
-    cached: tuple[Tensor, Tensor],
-    starts: Sequence[int],
-    mask: Tensor | None,
-    visible: int,
-) -> None:
+def _check_call(parts: LayerParts, call: LayerCall) -> None:
+    rows, cos, sin, keys, values, starts, mask, visible = call
     batch, nodes, hidden = rows.shape
-    (keys, values), width = cached, parts.width
-    tensors = (rows, *angles, *cached) if mask is None else (rows, *angles, *cached, mask)
+    width, angles = parts.width, (cos, sin)
+    tensors = [t for t in (rows, cos, sin, keys, values, mask) if t is not None]
     fits = (
         all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
         and hidden == parts.joined.weight.num_inputs
@@ -246,7 +156,7 @@ def _check_call(
         and keys.stride()[2:] == (width, 1)
         and all(angle.shape in ((batch, nodes, width), (1, nodes, width)) for angle in angles)
         and all(angle.is_contiguous() for angle in angles)
-        and angles[0].shape == angles[1].shape
+        and cos.shape == sin.shape
     )
     if fits and mask is not None:
         fits = (
@@ -270,55 +180,6 @@ def _check_call(
 def _is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     plain = tensor.dtype == torch.float32 and tensor.device.type == "cpu"
     return plain and tensor.shape == shape and tensor.is_contiguous()
-
-
-def _reference(
-    parts: LayerParts,
-    rows: Tensor,
-    angles: tuple[Tensor, Tensor],
-    cached: tuple[Tensor, Tensor],
-    starts: Sequence[int],
-    mask: Tensor | None,
-    visible: int,
-) -> Tensor:
-    batch, nodes, _ = rows.shape
-    heads = _times(_normed(rows, parts.before), parts.joined).view(batch, nodes, -1, parts.width)
-    counts = [parts.query_heads, parts.heads, parts.heads]
-    query, key, value = torch.split(heads, counts, dim=2)
-    query = _rotated(_normed(query, parts.query_norm), angles)
-    key = _rotated(_normed(key, parts.key_norm), angles)
-    for row, start in enumerate(starts):
-        for cache, new in zip(cached, (key, value), strict=True):
-            cache[row, :, start : start + nodes] = new[row].transpose(0, 1)
-    keys, values = (cache[:, :, :visible] for cache in cached)
-    attended = scaled_dot_product_attention(
-        query.transpose(1, 2),
-        keys,
-        values,
-        None if mask is None else mask[..., :visible],
-        scale=parts.scale,
-        enable_gqa=True,
-    )
-    rows = rows + _times(attended.transpose(1, 2).flatten(2), parts.output)
-    gate, up = _times(_normed(rows, parts.between), parts.gates).chunk(2, dim=-1)
-    return rows + _times(silu(gate) * up, parts.down)
-
-
-def _times(rows: Tensor, product: Product) -> Tensor:
-    return linear(rows, from_blocks(product.weight), product.bias)
-
-
-def _normed(rows: Tensor, norm: Norm | None) -> Tensor:
-    if norm is None:
-        return rows
-    return rms_norm(rows, norm.weight, eps=norm.eps, offset=norm.offset, impl="reference")
-
-
-def _rotated(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Returns ``[B, N, heads, D]`` rotated."""
-    cos, sin = (angle.unsqueeze(2) for angle in angles)
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class _Product(ctypes.Structure):

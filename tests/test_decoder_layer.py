@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
 
 from specdec.kernels.block_linear import MOST_ROWS
-from specdec.kernels.decoder_layer import (
-    DecoderLayer,
-    LayerParts,
-    Norm,
-    Product,
-    why_not_native,
-)
+from specdec.kernels.decoder_layer import DecoderLayer, why_not_native
+from specdec.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
 from specdec.kernels.weight_blocks import Form, to_blocks
 
 needs_compiler = pytest.mark.skipif(
@@ -64,63 +57,40 @@ def layer(
     )
 
 
-@dataclass
-class Call:
-    """Random nodes behind random caches; every row's tree stands behind a prefix of its own."""
-
-    rows: Tensor
-    cos: Tensor
-    sin: Tensor
-    keys: Tensor
-    values: Tensor
-    starts: list[int]
-    mask: Tensor | None
-    visible: int
-
-    @classmethod
-    def of(
-        cls, parts: LayerParts, starts: list[int], nodes: int, slots: int = 0, seed: int = 0
-    ) -> Call:
-        draw = torch.Generator().manual_seed(seed)
-        batch, visible = len(starts), max(starts) + nodes
-        shape = (batch, parts.heads, max(slots, visible + 3), parts.width)
-        angle = torch.randn(batch, nodes, parts.width // 2, generator=draw).repeat(1, 1, 2)
-        mask = torch.full((batch, 1, nodes, visible), LOWEST)
-        for row, start in enumerate(starts):
-            mask[row, 0, :, :start] = 0
-            sees = torch.rand(nodes, nodes, generator=draw) < 0.5
-            own = sees.tril() | torch.eye(nodes, dtype=torch.bool)
-            mask[row, 0, :, start : start + nodes].masked_fill_(own, 0)
-        return cls(
-            torch.randn(batch, nodes, parts.joined.weight.num_inputs, generator=draw),
-            angle.cos(),
-            angle.sin(),
-            torch.randn(shape, generator=draw),
-            torch.randn(shape, generator=draw),
-            starts,
-            mask,
-            visible,
-        )
-
-    def run(self, own: DecoderLayer, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns output, keys and values; the call may be run again."""
-        keys, values = self.keys.clone(), self.values.clone()
-        output = own.run(
-            self.rows,
-            self.cos,
-            self.sin,
-            keys,
-            values,
-            self.starts,
-            self.mask,
-            visible=self.visible,
-            impl=impl,
-        )
-        return output, keys, values
+def call_of(
+    parts: LayerParts, starts: list[int], nodes: int, slots: int = 0, seed: int = 0
+) -> LayerCall:
+    """Returns random nodes behind random caches; every row's tree stands behind a prefix."""
+    draw = torch.Generator().manual_seed(seed)
+    batch, visible = len(starts), max(starts) + nodes
+    shape = (batch, parts.heads, max(slots, visible + 3), parts.width)
+    angle = torch.randn(batch, nodes, parts.width // 2, generator=draw).repeat(1, 1, 2)
+    mask = torch.full((batch, 1, nodes, visible), LOWEST)
+    for row, start in enumerate(starts):
+        mask[row, 0, :, :start] = 0
+        sees = torch.rand(nodes, nodes, generator=draw) < 0.5
+        own = sees.tril() | torch.eye(nodes, dtype=torch.bool)
+        mask[row, 0, :, start : start + nodes].masked_fill_(own, 0)
+    return LayerCall(
+        torch.randn(batch, nodes, parts.joined.weight.num_inputs, generator=draw),
+        angle.cos(),
+        angle.sin(),
+        torch.randn(shape, generator=draw),
+        torch.randn(shape, generator=draw),
+        starts,
+        mask,
+        visible,
+    )
 
 
-def assert_alike(own: DecoderLayer, call: Call) -> None:
-    expected, got = call.run(own, "reference"), call.run(own, "native")
+def results(own: DecoderLayer, call: LayerCall, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns output, keys and values; the call may be run again."""
+    call = call._replace(keys=call.keys.clone(), values=call.values.clone())
+    return own.run(call, impl=impl), call.keys, call.values
+
+
+def assert_alike(own: DecoderLayer, call: LayerCall) -> None:
+    expected, got = results(own, call, "reference"), results(own, call, "native")
     for mine, theirs in zip(got, expected, strict=True):
         assert float((mine - theirs).abs().max()) <= TOLERANCE * float(theirs.abs().max())
 
@@ -129,7 +99,7 @@ def assert_alike(own: DecoderLayer, call: Call) -> None:
 @pytest.mark.parametrize("starts", [[0], [5], [130], [3, 40, 17]])
 def test_trees_behind_prefixes(nodes: int, starts: list[int]) -> None:
     own = layer()
-    assert_alike(own, Call.of(own.parts, starts, nodes))
+    assert_alike(own, call_of(own.parts, starts, nodes))
 
 
 @pytest.mark.parametrize("form", [Form.FLOAT32, Form.BFLOAT16, None])
@@ -137,7 +107,7 @@ def test_trees_behind_prefixes(nodes: int, starts: list[int]) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_families(form: Form | None, head_norms: bool, bias: bool) -> None:
     own = layer(form=form, head_norms=head_norms, bias=bias)
-    assert_alike(own, Call.of(own.parts, [6, 2], 5))
+    assert_alike(own, call_of(own.parts, [6, 2], 5))
 
 
 @pytest.mark.parametrize(
@@ -145,27 +115,26 @@ def test_families(form: Form | None, head_norms: bool, bias: bool) -> None:
 )
 def test_heads(query_heads: int, heads: int, width: int) -> None:
     own = layer(query_heads=query_heads, heads=heads, width=width, hidden=65, inner=33)
-    assert_alike(own, Call.of(own.parts, [50], 6))
+    assert_alike(own, call_of(own.parts, [50], 6))
 
 
 def test_one_node_without_a_mask_and_angles_for_all_rows() -> None:
     own = layer()
-    call = Call.of(own.parts, [4, 4], 1)
-    call.mask, call.cos, call.sin = None, call.cos[:1], call.sin[:1]
-    assert_alike(own, call)
-    call = Call.of(own.parts, [4, 4], 3)
+    call = call_of(own.parts, [4, 4], 1)
+    assert_alike(own, call._replace(mask=None, cos=call.cos[:1], sin=call.sin[:1]))
+    call = call_of(own.parts, [4, 4], 3)
     assert call.mask is not None
-    call.mask = call.mask[:1, :, :, :].repeat(1, 1, 1, 2)[..., :9]  # broadcast, and wider
-    assert_alike(own, call)
+    wider = call.mask[:1].repeat(1, 1, 1, 2)[..., :9]  # of all rows
+    assert_alike(own, call._replace(mask=wider))
 
 
 def test_most_rows_and_large_numbers() -> None:
     own = layer()
-    assert_alike(own, Call.of(own.parts, [2], MOST_ROWS))
-    assert_alike(own, Call.of(own.parts, [1] * 16, 8))
+    assert_alike(own, call_of(own.parts, [2], MOST_ROWS))
+    assert_alike(own, call_of(own.parts, [1] * 16, 8))
     large = layer(size=40.0)  # gates in the hundreds, scores in the thousands: exp at both its ends
-    call = Call.of(large.parts, [30], 4)
-    assert torch.isfinite(call.run(large, "native")[0]).all()
+    call = call_of(large.parts, [30], 4)
+    assert torch.isfinite(results(large, call, "native")[0]).all()
     assert_alike(large, call)
 
 
@@ -174,24 +143,26 @@ def test_a_node_has_the_same_bits_in_any_company(nodes: int) -> None:
     """One path, pass by pass, and in a tree with others in between that it does not see."""
     own = layer(query_heads=9, heads=3, width=64)
     start, slots = 37, 80
-    path = Call.of(own.parts, [start], nodes, slots)
+    path = call_of(own.parts, [start], nodes, slots)
     outputs = []
     keys, values = path.keys.clone(), path.values.clone()
     for node in range(nodes):
         one = slice(node, node + 1)
         outputs.append(
             own.run(
-                path.rows[:, one],
-                path.cos[:, one].contiguous(),
-                path.sin[:, one].contiguous(),
-                keys,
-                values,
-                [start + node],
-                None,
-                visible=start + node + 1,
+                LayerCall(
+                    path.rows[:, one],
+                    path.cos[:, one].contiguous(),
+                    path.sin[:, one].contiguous(),
+                    keys,
+                    values,
+                    [start + node],
+                    None,
+                    start + node + 1,
+                )
             )
         )
-    tree = Call.of(own.parts, [start, 11], 2 * nodes, slots, seed=5)
+    tree = call_of(own.parts, [start, 11], 2 * nodes, slots, seed=5)
     tree.keys[0], tree.values[0] = path.keys[0], path.values[0]
     at = torch.arange(nodes) * 2 + 1  # a stranger before each node of the path
     for whole, part in ((tree.rows, path.rows), (tree.cos, path.cos), (tree.sin, path.sin)):
@@ -200,29 +171,29 @@ def test_a_node_has_the_same_bits_in_any_company(nodes: int) -> None:
     tree.mask[0, 0, at, start:] = LOWEST
     for i, node in enumerate(at.tolist()):
         tree.mask[0, 0, node, start + at[: i + 1]] = 0
-    together, tree_keys, _ = tree.run(own, "native")
+    together, tree_keys, _ = results(own, tree, "native")
     assert torch.equal(together[0, at], torch.cat(outputs, dim=1)[0])
     assert torch.equal(tree_keys[0, :, start + at], keys[0, :, start : start + nodes])
 
 
 def test_nan_stays_in_its_row_and_nothing_seen_is_nothing_read() -> None:
     own = layer()
-    call = Call.of(own.parts, [3, 5], 4)
-    clean = call.run(own, "native")[0]
+    call = call_of(own.parts, [3, 5], 4)
+    clean = results(own, call, "native")[0]
     call.rows[1, 2] = torch.nan
-    spoiled = call.run(own, "native")[0]
+    spoiled = results(own, call, "native")[0]
     assert torch.equal(spoiled[0], clean[0])
     assert torch.isnan(spoiled[1, 2]).all()
     assert call.mask is not None
-    call = Call.of(own.parts, [3], 2)
-    call.mask = torch.full_like(call.mask, -torch.inf)
-    assert torch.isfinite(call.run(own, "native")[0]).all()
+    call = call_of(own.parts, [3], 2)
+    blind = call._replace(mask=torch.full_like(call.mask, -torch.inf))
+    assert torch.isfinite(results(own, blind, "native")[0]).all()
 
 
 def test_only_the_slots_of_the_nodes_are_written() -> None:
     own = layer()
-    call = Call.of(own.parts, [3, 9], 4, slots=20)
-    _, keys, values = call.run(own, "native")
+    call = call_of(own.parts, [3, 9], 4, slots=20)
+    _, keys, values = results(own, call, "native")
     written = torch.zeros(2, 20, dtype=torch.bool)
     written[0, 3:7] = written[1, 9:13] = True
     for before, after in ((call.keys, keys), (call.values, values)):
@@ -232,24 +203,19 @@ def test_only_the_slots_of_the_nodes_are_written() -> None:
 
 def test_bad_input() -> None:
     own = layer()
+    call = call_of(own.parts, [1], 2, slots=6)
     with pytest.raises(ValueError, match="impl must be one of"):
-        Call.of(own.parts, [1], 1).run(own, "triton")
-    call = Call.of(own.parts, [1], 2)
-    call.rows = call.rows.double()
+        own.run(call, impl="triton")
     with pytest.raises(ValueError, match=r"takes float32.*got \[1, 2, 48\] torch.float64"):
-        call.run(own, "native")
-    call = Call.of(own.parts, [1], 2)
-    call.visible = 2
+        own.run(call._replace(rows=call.rows.double()))
     with pytest.raises(ValueError, match=r"2 nodes from slots \[1\] are not among 2 slots"):
-        call.run(own, "native")
-    call = Call.of(own.parts, [1], 2, slots=6)
-    call.visible, call.mask = 7, None
+        own.run(call._replace(visible=2))
     with pytest.raises(ValueError, match="has 6 slots, 7 are to be looked at"):
-        call.run(own, "native")
+        own.run(call._replace(visible=7, mask=None))
     with pytest.raises(ValueError, match=r"got D = 24"):
         layer(width=24)
     parts = own.parts._replace(query_norm=Norm(torch.ones(32), 1e-5))
     with pytest.raises(ValueError, match="norms alike"):
         DecoderLayer(parts)
     with pytest.raises(ValueError, match="float32 on the CPU"):
-        Call.of(own.parts, [0], MOST_ROWS + 1).run(own, "native")
+        own.run(call_of(own.parts, [0], MOST_ROWS + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,12 +14,18 @@ from specdec import SpeculativeGenerator
 from specdec.backend import packed
 from specdec.backend.probe import probed
 from specdec.kernels.decoder_layer import DecoderLayer, why_not_native
+from specdec.kernels.layer_parts import LayerCall
 
 pytestmark = pytest.mark.skipif(
     why_not_native() is not None, reason=f"no native code: {why_not_native()}"
 )
 WIDE = {"head_dim": 32, "hidden_size": 128}
 SERVED = ["llama", "qwen2", "qwen3", "qwen3_window", "mistral"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    yield from tiny.one_thread()
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +39,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     run = DecoderLayer.run
 
-    def counted(self: DecoderLayer, rows: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append(rows.shape[0] * rows.shape[1])
-        return run(self, rows, *args, **kwargs)
+    def counted(self: DecoderLayer, call: LayerCall, **kwargs: Any) -> Tensor:
+        seen.append(call.rows.shape[0] * call.rows.shape[1])
+        return run(self, call, **kwargs)
 
     monkeypatch.setattr(DecoderLayer, "run", counted)
     return seen

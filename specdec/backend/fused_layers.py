@@ -6,7 +6,7 @@ small model to call them takes as long as the products: half of a pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,8 @@ from specdec.backend.linear_formats import PackedWeight
 from specdec.backend.norms import NativeNorm, StandIn
 from specdec.backend.tree_layers import TREE
 from specdec.kernels.block_linear import MOST_ROWS
-from specdec.kernels.decoder_layer import (
-    DecoderLayer,
-    LayerParts,
-    Norm,
-    Product,
-    why_not_native,
-)
+from specdec.kernels.decoder_layer import DecoderLayer, why_not_native
+from specdec.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
@@ -115,13 +110,15 @@ class FusedLayer:
                 **kwargs,
             )
         return self._native.run(
-            hidden_states,
-            *position_embeddings,
-            cached.keys,
-            cached.values,
-            starts,
-            attention_mask,
-            visible=cached.visible,
+            LayerCall(
+                hidden_states,
+                *position_embeddings,
+                cached.keys,
+                cached.values,
+                starts,
+                attention_mask,
+                cached.visible,
+            )
         )
 
     def _cached(self, cache: Any) -> TreeLayer | None:
@@ -150,21 +147,21 @@ class FusedLayer:
 
 
 def fused_layers(
-    model: nn.Module, products: Products, norms: Sequence[NativeNorm]
+    modules: Iterable[nn.Module], products: Products, norms: Sequence[NativeNorm]
 ) -> list[FusedLayer]:
     """Returns the decoder layers that a `FusedLayer` computes; none where C code cannot be had.
 
     Names and parts say which layers are worth trying, what they compute is tried out.
 
     Args:
-        model: a HuggingFace model.
+        modules: of a HuggingFace model.
         products: packed, of its linear layers.
         norms: of it.
     """
     if why_not_native() is not None:
         return []
     of_module = {norm.module: norm for norm in norms}
-    found = (_of_parts(module, products, of_module) for module in model.modules())
+    found = (_of_parts(module, products, of_module) for module in modules)
     return [layer for layer in found if layer is not None and _agrees(layer)]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.block_linear import MOST_ROWS, block_linear, why_not_native
-from specdec.kernels.decoder_layer import Product
+from specdec.kernels.layer_parts import Product
 from specdec.kernels.weight_blocks import to_blocks
 
 # float32's unit roundoff: a change of the weights below it drowns in the rounding of the products

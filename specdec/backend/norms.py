@@ -34,25 +34,14 @@ class NativeNorm:
         """Returns the module and what runs in place of its `forward`."""
         return self.module, partial(self._forward, self.module.forward)
 
-    def weight(self) -> Tensor | None:
-        """Returns the module's weight as it is now; None if it was replaced by no plain one."""
-        weight = self.module._parameters["weight"]
-        return weight if weight is not None and weight.dtype == torch.float32 else None
-
-    def run(self, rows: Tensor) -> Tensor:
-        """Returns what the module gives for ``[..., D]`` float32 rows, while its weight is plain.
-
-        Raises:
-            ValueError: if it is not.
-        """
-        weight = self.module.get_parameter("weight")
-        return rms_norm(rows, weight, eps=self.eps, offset=self.offset)
-
     def _forward(self, own: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        plain = rows.dtype == torch.float32 and rows.device.type == "cpu"
-        if not plain or torch.is_grad_enabled() or self.weight() is None:
+        # the weight may have been replaced or cast since
+        weight = self.module._parameters["weight"]
+        plain = weight is not None and weight.dtype == rows.dtype == torch.float32
+        if not plain or rows.device.type != "cpu" or torch.is_grad_enabled():
             return own(rows)
-        return self.run(rows)
+        assert weight is not None
+        return rms_norm(rows, weight, eps=self.eps, offset=self.offset)
 
 
 def native_norms(model: nn.Module) -> list[NativeNorm]:

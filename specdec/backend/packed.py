@@ -58,7 +58,7 @@ class PackedLinears:
         joined = (_Group(members) for members in shared_inputs(model, _packable(model)))
         self._groups = [group for group in joined if group.num_entries >= _SMALLEST]
         self._norms = native_norms(model)
-        self._model = ref(model)
+        self._modules = [module for module in model.modules() if module is not model]
         self._chosen: dict[tuple[int, int], str | None] = {}
         self._fused: list[FusedLayer] = []
         self._stand_ins: list[StandIn] = []
@@ -93,18 +93,13 @@ class PackedLinears:
         for group in stale:
             group.pack(self._chosen[group.shape])
         if stale or not self._stand_ins:
-            self._fused = self._fused_layers()
+            products: Products = {tuple(group.members): group.packed for group in self._groups}
+            self._fused = fused_layers(self._modules, products, self._norms)
             self._stand_ins = [
                 *(own for group in self._groups for own in group.stand_ins()),
                 *(norm.stand_in() for norm in self._norms),
                 *(layer.stand_in() for layer in self._fused),
             ]
-
-    def _fused_layers(self) -> list[FusedLayer]:
-        model = self._model()
-        assert model is not None
-        products: Products = {tuple(group.members): group.packed for group in self._groups}
-        return fused_layers(model, products, self._norms)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -1,0 +1,55 @@
+"""A decoder layer of the Llama kind by torch's operators: what `decoder_layer.c` has to compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+from specdec.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
+from specdec.kernels.rms_norm import rms_norm
+from specdec.kernels.weight_blocks import from_blocks
+
+
+def reference(parts: LayerParts, call: LayerCall) -> Tensor:
+    """Returns what `DecoderLayer.run` returns, and writes what it writes."""
+    rows, mask, visible = call.rows, call.mask, call.visible
+    angles, cached = (call.cos, call.sin), (call.keys, call.values)
+    batch, nodes, _ = rows.shape
+    heads = _times(_normed(rows, parts.before), parts.joined).view(batch, nodes, -1, parts.width)
+    counts = [parts.query_heads, parts.heads, parts.heads]
+    query, key, value = torch.split(heads, counts, dim=2)
+    query = _rotated(_normed(query, parts.query_norm), angles)
+    key = _rotated(_normed(key, parts.key_norm), angles)
+    for row, start in enumerate(call.starts):
+        for cache, new in zip(cached, (key, value), strict=True):
+            cache[row, :, start : start + nodes] = new[row].transpose(0, 1)
+    keys, values = (cache[:, :, :visible] for cache in cached)
+    attended = scaled_dot_product_attention(
+        query.transpose(1, 2),
+        keys,
+        values,
+        None if mask is None else mask[..., :visible],
+        scale=parts.scale,
+        enable_gqa=True,
+    )
+    rows = rows + _times(attended.transpose(1, 2).flatten(2), parts.output)
+    gate, up = _times(_normed(rows, parts.between), parts.gates).chunk(2, dim=-1)
+    return rows + _times(silu(gate) * up, parts.down)
+
+
+def _times(rows: Tensor, product: Product) -> Tensor:
+    return linear(rows, from_blocks(product.weight), product.bias)
+
+
+def _normed(rows: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return rows
+    return rms_norm(rows, norm.weight, eps=norm.eps, offset=norm.offset, impl="reference")
+
+
+def _rotated(heads: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns ``[B, N, heads, D]`` rotated."""
+    cos, sin = (angle.unsqueeze(2) for angle in angles)
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat([-second, first], dim=-1) * sin

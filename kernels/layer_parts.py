@@ -1,0 +1,88 @@
+"""What a decoder layer of the Llama kind is made of, and what a pass hands to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from specdec.kernels.weight_blocks import BlockWeight
+
+
+class Norm(NamedTuple):
+    """The arguments of `rms_norm` beside its rows."""
+
+    weight: Tensor
+    eps: float
+    offset: float = 0.0
+
+
+class Product(NamedTuple):
+    """A linear layer: the weight ``[N, K]`` in blocks, and the bias ``[N]`` float32 or None."""
+
+    weight: BlockWeight
+    bias: Tensor | None = None
+
+
+class LayerParts(NamedTuple):
+    """What a layer is made of: H hidden numbers, Hq query heads and Hkv others of D, I inner ones.
+
+    Attributes:
+        joined: ``[(Hq + 2 Hkv) * D, H]``: queries, keys and values.
+        output: ``[H, Hq * D]``.
+        gates: ``[2 I, H]``: gate and up.
+        down: ``[H, I]``.
+        before: the norm of what goes into the attention.
+        between: the norm of what goes into the gates.
+        width: D, a multiple of 32.
+        scale: of the scores.
+        query_norm: of single heads, before they are rotated; None for none.
+        key_norm: as `query_norm`, and there if that is, with equal eps and offset.
+    """
+
+    joined: Product
+    output: Product
+    gates: Product
+    down: Product
+    before: Norm
+    between: Norm
+    width: int
+    scale: float
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+
+    @property
+    def query_heads(self) -> int:
+        """Hq."""
+        return self.output.weight.num_inputs // self.width
+
+    @property
+    def heads(self) -> int:
+        """Hkv."""
+        return (self.joined.weight.num_outputs // self.width - self.query_heads) // 2
+
+
+class LayerCall(NamedTuple):
+    """Some nodes, and the cache that they are written to; float32 on the CPU.
+
+    Attributes:
+        rows: ``[B, N, H]``.
+        cos: ``[B or 1, N, D]``.
+        sin: ``[B or 1, N, D]``.
+        keys: ``[B, Hkv, S, D]``, written to; slots of a head lie side by side.
+        values: ``[B, Hkv, S, D]``, as `keys`, written to.
+        starts: B slots, of each row's first node; the others stand behind it.
+        mask: ``[B or 1, 1, N, visible or more]``, added to the scores; None where every node sees
+            all slots.
+        visible: slots that are looked at.
+    """
+
+    rows: Tensor
+    cos: Tensor
+    sin: Tensor
+    keys: Tensor
+    values: Tensor
+    starts: Sequence[int]
+    mask: Tensor | None
+    visible: int
