@@ -1,4 +1,6 @@
-"""Philox4x32-10, the counter-based generator behind keyed noise, in plain torch integers.
+"""Philox4x32-10, the counter-based generator behind keyed noise.
+
+In plain torch integers, in numpy's for CPUs, and in C beside it (`specdec.kernels.philox_native`).
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), Random123's
 Philox4x32 with 10 rounds. Same bits on every device; Triton's tl.philox gives the same words.
@@ -9,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+
+from specdec.kernels import philox_native
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -83,6 +87,17 @@ def keyed_gumbel(
         the logarithms are taken in float64, so that dense and sparse calls agree.
     """
 
+    if token_ids.device.type == "cpu" and philox_native.serves():
+        made = philox_native.words_at(seed, row, position, token_ids.numpy(), nonce)
+        return gumbel(torch.from_numpy(made.astype(np.int64)))
+    return keyed_gumbel_reference(seed, row, position, token_ids, nonce=nonce)
+
+
+def keyed_gumbel_reference(
+    seed: int, row: int, position: int, token_ids: Tensor, *, nonce: int = 0
+) -> Tensor:
+    """Does what `keyed_gumbel` says, on any device."""
+
     def word(value: int) -> Tensor:
         return torch.tensor(value & _MASK, dtype=torch.int64, device=token_ids.device)
 
@@ -119,6 +134,15 @@ def keyed_words(
     seed: int, row: int, position: int, vocab_size: int, *, nonce: int = 0
 ) -> np.ndarray:
     """Returns what `keyed_bits_dense` does, ``[V]`` uint32 on the host."""
+    if philox_native.serves():
+        return philox_native.words(seed, row, position, vocab_size, nonce)
+    return keyed_words_reference(seed, row, position, vocab_size, nonce=nonce)
+
+
+def keyed_words_reference(
+    seed: int, row: int, position: int, vocab_size: int, *, nonce: int = 0
+) -> np.ndarray:
+    """Does what `keyed_words` says, with numpy."""
     count = (vocab_size + 3) // 4
     counter = [np.arange(count, dtype=np.uint64)]
     counter += [np.array(value & _MASK, dtype=np.uint64) for value in (position, row, nonce)]

@@ -207,16 +207,55 @@ def test_pauses_get_longer_and_end_with_a_gain() -> None:
     pauses = Pauses()
     lengths = []
     for _ in range(9):
-        pauses.drafted(gain=-0.02, loss=0.08, plain=1.0)
+        pauses.drafted(gain=-0.02, loss=0.04, plain=1.0)
         lengths.append(0)
         while pauses.paused:
             pauses.skip()
             lengths[-1] += 1
     assert lengths == [0, 0, 1, 2, 4, 4, 4, 4, 4]
     assert pauses.exploring
-    pauses.drafted(gain=1.0, loss=0.08, plain=1.0)
+    pauses.drafted(gain=1.0, loss=0.04, plain=1.0)
     assert not pauses.exploring
     assert not pauses.paused
+
+
+@pytest.mark.parametrize("steps_a_text", [7, 40, 300])
+@pytest.mark.parametrize("loss", [0.05, 1.0])
+def test_tries_take_a_hundredth_of_the_time_however_short_texts_are(
+    steps_a_text: int, loss: float
+) -> None:
+    pauses, tries, steps = Pauses(), [], 0
+    while steps < 12_000:
+        for _ in range(steps_a_text):
+            steps += 1
+            if pauses.paused:
+                pauses.skip()
+            else:
+                tries.append(steps)
+                pauses.drafted(gain=-loss, loss=loss, plain=1.0)
+        pauses.resume()
+    # the first ones come sooner, until enough of them have lost
+    late = [step for step in tries if step > 2_000]
+    assert 0.004 <= loss * len(late) / 10_000 <= 0.011
+
+
+def test_another_text_has_its_try_at_once_if_the_last_one_is_paid_for() -> None:
+    pauses = Pauses()
+    for _ in range(12):
+        while pauses.paused:
+            pauses.skip()
+        pauses.drafted(gain=-1.0, loss=1.0, plain=1.0)
+    pauses.skip()
+    pauses.resume()
+    assert not pauses.paused
+    pauses.drafted(gain=-1.0, loss=1.0, plain=1.0)
+    pauses.resume()
+    assert pauses.paused
+    left = 0
+    while pauses.paused:
+        pauses.skip()
+        left += 1
+    assert left == 99
 
 
 def test_a_batch_has_one_width_and_the_likeliest_nodes() -> None:

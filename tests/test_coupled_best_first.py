@@ -17,7 +17,7 @@ from specdec.testing.monte_carlo import chi_square, noise_table, tabulated_strea
 from specdec.testing.toys import ToyDraft, ToyLoop, ToyTarget
 from specdec.trees import BestFirst, Chain, CoupledBestFirst, DraftTree
 from specdec.trees.grow import grow_trees
-from specdec.types import Budget, Draw, LawRows, Root, StepOutcome
+from specdec.types import Budget, Draw, Guesses, LawRows, Root, StepOutcome
 from specdec.verifiers import Coupled, Match, Rejection, Traversal
 
 PREFIX = (0, 1)
@@ -153,6 +153,36 @@ def test_a_greedy_target_gets_the_tree_of_best_first() -> None:
     plain = grow(BestFirst(), draft, budget, streams)
     assert coupled.token_list == plain.token_list
     assert coupled.parent_list == plain.parent_list
+
+
+def test_a_law_that_is_looked_up_teaches_the_same() -> None:
+    """Node by node or level by level: same trees, and same weights after what came of them."""
+
+    class Listed(ToyDraft):
+        def law(self, prefix):
+            law = super().law(prefix)
+            law.bound = lambda _handle: 1.0
+
+            def guesses(handle):
+                rows = law.rows([handle])
+                chances = rows.log_probs[0].exp().tolist()
+                named = [i for i, chance in enumerate(chances) if chance > 0]
+                return Guesses([int(rows.ids[0, i]) for i in named], [chances[i] for i in named])
+
+            law.guesses = guesses
+            return law
+
+    weights = []
+    for kind in (ToyDraft, Listed):
+        policy, draft = CoupledBestFirst(), kind(6, 3, support=4, sparse=True)
+        for step in range(60):
+            tree = grow(policy, draft, Budget(5, 3), row_streams(step, 0))
+            path = [1] if step % 2 else []
+            emitted = [tree.token_list[node] for node in path] + [step % 6]
+            policy.observe(StepOutcome(0, tree, path, emitted, torch.empty(0)))
+        weights.append(policy.weights)
+    assert weights[0] == pytest.approx(weights[1], rel=1e-3)
+    assert not np.allclose(weights[0], CoupledBestFirst().weights)
 
 
 def test_laws_without_tokens_and_padding_do_no_harm() -> None:

@@ -61,9 +61,14 @@ def never(_requests: object) -> list[LawRows]:
 
 
 def grown(
-    policy: BestFirst | CoupledBestFirst, law: DraftLaw, budget: Budget, *, levels: bool = False
+    policy: BestFirst | CoupledBestFirst,
+    law: DraftLaw,
+    budget: Budget,
+    *,
+    levels: bool = False,
+    greedy: bool = True,
 ) -> DraftTree:
-    root = Root(PREFIX[-1], len(PREFIX) - 1, greedy=True)
+    root = Root(PREFIX[-1], len(PREFIX) - 1, greedy)
     plan = policy.grow(law, root, budget, row_streams(0, 0).draft)
     expand = (lambda asked: [one.rows(handles) for one, handles in asked]) if levels else never
     return grow_trees([(law, plan)], expand)[0]
@@ -79,11 +84,13 @@ def test_the_tree_is_that_of_the_levels(seed: int, least: float) -> None:
     options = {"sharpness": 1.5, "support": 4 if seed % 2 else None, "known_length": 5 + seed}
     for nodes, branching, depth in ((1, 3, 3), (5, 2, 9), (12, 3, 4), (30, 6, 3), (200, 3, 3)):
         budget = Budget(nodes, 7, least)
-        for kind in (BestFirst, CoupledBestFirst):
+        kinds = (BestFirst, True), (CoupledBestFirst, True), (CoupledBestFirst, False)
+        for kind, greedy in kinds:
             policy = kind(max_branching=branching, max_depth=depth)
             law = ListedDraft(6, seed, **options).law(PREFIX)
-            tree = grown(policy, law, budget)
-            same = grown(policy, ToyDraft(6, seed, **options).law(PREFIX), budget, levels=True)
+            tree = grown(policy, law, budget, greedy=greedy)
+            leveled = ToyDraft(6, seed, **options).law(PREFIX)
+            same = grown(policy, leveled, budget, levels=True, greedy=greedy)
             assert paths(tree) == paths(same)
             assert tree.kinds == same.kinds
             chances = {tuple(same.path_tokens(n)): same.chance_list[n] for n in range(1, len(same))}

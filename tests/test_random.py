@@ -12,6 +12,9 @@ from specdec.kernels.keyed_argmax import keyed_argmax, keyed_argmax_reference
 from specdec.kernels.philox import (
     keyed_gumbel,
     keyed_gumbel_dense,
+    keyed_gumbel_reference,
+    keyed_words,
+    keyed_words_reference,
     philox_4x32,
     philox_reference,
 )
@@ -94,6 +97,19 @@ def test_dense_and_sparse_noise_are_the_same_bits(vocab_size: int, seed: int) ->
     ids = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
     assert torch.equal(dense[ids], keyed_gumbel(seed, 3, 17, ids))
     assert dense.dtype == torch.float64
+
+
+@pytest.mark.parametrize("vocab_size", [1, 5, 63, 64, 65, 1000])
+@pytest.mark.parametrize(("seed", "nonce"), [(0, 0), (-7, 1), (2**64 - 1, 2**32 - 1)])
+def test_words_and_noise_in_c_are_those_of_the_reference(
+    vocab_size: int, seed: int, nonce: int
+) -> None:
+    words = keyed_words_reference(seed, 3, 2**31 + 5, vocab_size, nonce=nonce)
+    assert keyed_words(seed, 3, 2**31 + 5, vocab_size, nonce=nonce).tolist() == words.tolist()
+    for ids in (torch.arange(vocab_size).flip(0), torch.arange(0, vocab_size, 3), torch.zeros(0)):
+        own = (seed, 3, 2**31 + 5, ids.long())
+        reference = keyed_gumbel_reference(*own, nonce=nonce)
+        assert torch.equal(keyed_gumbel(*own, nonce=nonce), reference)
 
 
 def test_noise_depends_on_every_part_of_its_key() -> None:

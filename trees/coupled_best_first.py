@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,8 +18,19 @@ from specdec.trees.best_first import (
     grow_likeliest,
     most_probable,
 )
+from specdec.trees.heap import grow_by_heap, is_listed
 from specdec.trees.tree import DraftTree
-from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root, StepOutcome
+from specdec.types import (
+    Budget,
+    DraftLaw,
+    Draw,
+    GrowPlan,
+    Guesses,
+    LawRows,
+    ListedLaw,
+    Root,
+    StepOutcome,
+)
 
 _LEAST_SQUARE = 1e-2  # a long time of being right must not make the next step a jump
 _SHORTLIST = 32  # candidates of a law that get noise; the others cannot win often
@@ -31,8 +43,9 @@ _LEAST_REST = 1e-4  # a law's mass beyond the candidates is never quite nothing
 class _Candidates(NamedTuple):
     """What the estimate of one node's children was made from."""
 
-    ids: np.ndarray  # [k]
-    features: np.ndarray  # [k + 1, 4], the last row is "none of these"
+    ids: Sequence[int] | np.ndarray  # [k]
+    log_probs: Sequence[float] | np.ndarray  # [k]
+    noise: Sequence[float] | np.ndarray  # [k]
 
 
 class CoupledBestFirst(BasePolicy):
@@ -80,19 +93,80 @@ class CoupledBestFirst(BasePolicy):
                 )
             )
         noted: dict[int, _Candidates] = {}
-
-        def weigh(rows: LawRows, handles: Sequence[int], depth: int) -> Candidates:
-            ids, features = _features(rows, random, root.position + depth)
-            for handle, own_ids, own_features in zip(handles, ids, features, strict=True):
-                noted[handle] = _Candidates(own_ids, own_features)
-            order, log_chances = self._ranked(features, min(self._max_branching, budget.nodes))
-            return np.take_along_axis(ids, order, axis=1), log_chances
-
-        tree = yield from grow_best_first(
-            law, root, budget, weigh, max_depth=self._max_depth, draw=Draw.COUPLED
-        )
+        if is_listed(law):
+            tree = self._grow_listed(law, root, budget, random, noted)
+        else:
+            tree = yield from self._grow_levels(law, root, budget, random, noted)
         self._out[tree] = noted
         return tree
+
+    def _grow_levels(
+        self,
+        law: DraftLaw,
+        root: Root,
+        budget: Budget,
+        random: RandomSource,
+        noted: dict[int, _Candidates],
+    ) -> GrowPlan:
+        """Grows a tree and notes the candidates of every handle that was expanded."""
+
+        def weigh(rows: LawRows, handles: Sequence[int], depth: int) -> Candidates:
+            ids, log_probs = most_probable(rows, _SHORTLIST)
+            tokens = torch.from_numpy(ids.clip(min=0)).flatten()
+            drawn = random.keyed_noise(root.position + depth, tokens).reshape(ids.shape)
+            noise = drawn.numpy(force=True)
+            for handle, *own in zip(handles, ids, log_probs, noise, strict=True):
+                noted[handle] = _Candidates(*own)
+            log_chances = _log_softmax(_terms(log_probs, noise) @ self.weights)[:, :-1]
+            order = np.argsort(-log_chances, axis=1, kind="stable")
+            order = order[:, : min(self._max_branching, budget.nodes)]
+            ranked = np.take_along_axis(log_chances, order, axis=1)
+            return np.take_along_axis(ids, order, axis=1), ranked.astype(np.float32)
+
+        return (
+            yield from grow_best_first(
+                law, root, budget, weigh, max_depth=self._max_depth, draw=Draw.COUPLED
+            )
+        )
+
+    def _grow_listed(
+        self,
+        law: ListedLaw,
+        root: Root,
+        budget: Budget,
+        random: RandomSource,
+        noted: dict[int, _Candidates],
+    ) -> DraftTree:
+        """Does the same node by node, in plain lists: a table's row is short."""
+        of_law, of_noise, of_rest, constant = self.weights.tolist()
+
+        def weigh(handle: int, depth: int) -> Guesses:
+            tokens, chances = law.guesses(handle)
+            if not tokens:
+                return Guesses((), ())
+            tokens, chances = tokens[:_SHORTLIST], chances[:_SHORTLIST]
+            logs = list(map(math.log, chances))
+            noise = random.keyed_noise(root.position + depth, torch.tensor(tokens)).tolist()
+            noted[handle] = _Candidates(tokens, logs, noise)
+            rest = math.log(max(1.0 - sum(chances), _LEAST_REST))
+            scores = [of_law * q + of_noise * g for q, g in zip(logs, noise, strict=True)]
+            none = of_rest * rest + constant
+            highest = max(none, *scores)
+            shares = [math.exp(score - highest) for score in scores]
+            total = sum(shares) + math.exp(none - highest)
+            order = sorted(range(len(tokens)), key=shares.__getitem__, reverse=True)
+            order = [place for place in order[: self._max_branching] if shares[place]]
+            return Guesses([tokens[i] for i in order], [shares[i] / total for i in order])
+
+        return grow_by_heap(
+            law,
+            root,
+            budget,
+            max_branching=self._max_branching,
+            max_depth=self._max_depth,
+            draw=Draw.COUPLED,
+            weigh=weigh,
+        )
 
     def observe(self, outcome: StepOutcome) -> None:
         """Fits the estimate to what the target chose at the nodes it came by."""
@@ -103,36 +177,28 @@ class CoupledBestFirst(BasePolicy):
             if candidates is not None:
                 self._learn(candidates, token)
 
-    def _ranked(self, features: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns places and log-chances ``[n, count]`` of the likeliest candidates."""
-        log_chances = _log_softmax(features @ self.weights)[:, :-1]
-        order = np.argsort(-log_chances, axis=1, kind="stable")[:, :count]
-        ranked = np.take_along_axis(log_chances, order, axis=1)
-        return order, ranked.astype(np.float32)
-
     def _learn(self, candidates: _Candidates, token: int) -> None:
-        hit = np.append(candidates.ids == token, False)
+        terms = _terms(np.asarray(candidates.log_probs), np.asarray(candidates.noise))
+        hit = np.append(np.asarray(candidates.ids) == token, False)
         hit[-1] = not hit.any()
-        errors = np.exp(_log_softmax(candidates.features @ self.weights)) - hit
-        # a candidate that is padding has chance 0 and features that must not enter a product
-        gradient = errors @ np.where(np.isfinite(candidates.features), candidates.features, 0.0)
+        errors = np.exp(_log_softmax(terms @ self.weights)) - hit
+        # a candidate that is padding has chance 0 and terms that must not enter a product
+        gradient = errors @ np.where(np.isfinite(terms), terms, 0.0)
         self._squares = np.maximum(_MEMORY * self._squares, _LEAST_SQUARE) + gradient**2
         self.weights -= _RATE * gradient / np.sqrt(self._squares)
         np.maximum(self.weights[:3], 0.0, out=self.weights[:3])
 
 
-def _features(rows: LawRows, random: RandomSource, position: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the candidates' ids ``[n, k]`` and the estimate's terms ``[n, k + 1, 4]``."""
-    ids, log_probs = most_probable(rows, _SHORTLIST)
-    tokens = torch.from_numpy(ids.clip(min=0)).flatten()
-    noise = random.keyed_noise(position, tokens).reshape(ids.shape)
-    features = np.zeros((ids.shape[0], ids.shape[1] + 1, 4))
-    features[:, :-1, 0] = log_probs
-    features[:, :-1, 1] = noise.numpy(force=True)
-    rest = 1.0 - np.exp(features[:, :-1, 0]).sum(axis=1)
-    features[:, -1, 2] = np.log(np.maximum(rest, _LEAST_REST))
-    features[:, -1, 3] = 1.0
-    return ids, features
+def _terms(log_probs: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Returns what the weights multiply, ``[..., k + 1, 4]``; the last row is "none of these"."""
+    *shape, count = log_probs.shape
+    terms = np.zeros((*shape, count + 1, 4))
+    terms[..., :-1, 0] = log_probs
+    terms[..., :-1, 1] = noise
+    rest = 1.0 - np.exp(terms[..., :-1, 0]).sum(axis=-1)
+    terms[..., -1, 2] = np.log(np.maximum(rest, _LEAST_REST))
+    terms[..., -1, 3] = 1.0
+    return terms
 
 
 def _log_softmax(scores: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import TypeGuard
 
@@ -29,6 +30,7 @@ def grow_by_heap(
     max_branching: int,
     max_depth: int,
     draw: Draw = Draw.POINT,
+    weigh: Callable[[int, int], Guesses] | None = None,
 ) -> DraftTree:
     """Returns the tree of `grow_best_first`: the `budget.nodes` likeliest paths.
 
@@ -44,19 +46,23 @@ def grow_by_heap(
         max_branching: the most children of a node.
         max_depth: the deepest level, whatever the budget.
         draw: how the nodes came to be.
+        weigh: gives what may follow a handle, of which the depth is the second argument, where
+            that is worth something else than the law's chances; those are then not bounded by it.
 
     Raises:
         LogitsError: if the law holds NaN, or a chance above one.
     """
     tokens, parents, handles, chances = [root.token], [-1], [0], [math.nan]
     paths, laws = [1.0], [_NOTHING]
-    extend, bound, guesses = law.extend, law.bound, law.guesses
+    extend, bound = law.extend, law.bound if weigh is None else _unbounded
     deepest, least = min(budget.depth, max_depth), budget.least_chance
     # (negative chance of the path, depth, parent, rank among its children)
     heap: list[tuple[float, int, int, int]] = []
 
     def look_up(node: int, depth: int) -> None:
-        own = laws[node] = _checked(guesses(handles[node]))
+        handle = handles[node]
+        own = law.guesses(handle) if weigh is None else weigh(handle, depth)
+        laws[node] = _checked(own)
         if own.tokens:
             heappush(heap, (-paths[node] * own.chances[0], depth, node, 0))
 
@@ -96,6 +102,10 @@ def grow_by_heap(
         chances=chances,
         handles=handles,
     )
+
+
+def _unbounded(_handle: int) -> float:
+    return 1.0
 
 
 def _checked(guesses: Guesses) -> Guesses:

@@ -6,25 +6,28 @@ import math
 
 _RATE = 0.15  # of the running mean
 _PATIENCE = 3  # drafts at a loss before drafting is left out
-_EXPLORATION = 0.02  # of the time, to learn whether a drafter that does not pay pays again
+_EXPLORATION = 0.01  # of the time, to learn whether a drafter that does not pay pays again
 
 
 class Pauses:
     """Leaves out drafting while drafts, on average, lose time; tries again after longer pauses.
 
-    The pauses double, up to where a try takes 2 % of the time between tries. One good draft ends
-    them if it gains more than the bad ones lost.
+    The pauses double, up to where a try takes 1 % of the time between tries. One good draft ends
+    them if it gains more than the bad ones lost. Another text gets a try at once, but on credit:
+    the pause behind it is longer by what was left of the one before.
     """
 
     def __init__(self) -> None:
         self._gain = 0.0  # seconds a draft, a running mean
         self._losing = 0
-        self._left = 0  # steps of the pause
+        self._owed = 0  # steps without a draft that are still to come
+        self._pause = 0  # what the last try cost of them
+        self._credit = 0
 
     @property
     def paused(self) -> bool:
         """Whether the next step goes without a draft."""
-        return self._left > 0
+        return self._owed > self._credit
 
     @property
     def exploring(self) -> bool:
@@ -33,11 +36,11 @@ class Pauses:
 
     def skip(self) -> None:
         """Counts a step of the pause."""
-        self._left -= 1
+        self._owed -= 1
 
     def resume(self) -> None:
-        """Ends a pause: another text begins, of which nothing is known."""
-        self._left = 0
+        """Ends a pause: another text begins, of which nothing is known. One try may be owed."""
+        self._credit = self._pause
 
     def drafted(self, gain: float, loss: float, plain: float) -> None:
         """Weighs a draft.
@@ -47,11 +50,13 @@ class Pauses:
             loss: seconds of a try that brings nothing.
             plain: seconds of a step without drafting.
         """
+        self._credit = 0
         self._gain += _RATE * (gain - self._gain)
         if self._gain > 0:
-            self._losing = 0
+            self._losing = self._owed = 0
             return
         self._losing += 1
         if self._losing >= _PATIENCE:
             longest = math.ceil(loss / (_EXPLORATION * plain))
-            self._left = min(2 ** min(self._losing - _PATIENCE, 16), longest)
+            self._pause = min(2 ** min(self._losing - _PATIENCE, 16), longest)
+            self._owed += self._pause

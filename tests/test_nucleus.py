@@ -1,0 +1,107 @@
+"""The nucleus without argsort keeps the very tokens that transformers' keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+
+from specdec.nucleus import SortedTopPLogitsWarper, without_argsort
+from specdec.row_copies import row_copies
+from specdec.sampling import warp_logits
+
+IDS = torch.zeros(1, 1, dtype=torch.int64)
+
+
+def logits(kind: str, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    made = 3.0 * torch.randn(1 + seed % 3, 700, generator=generator)
+    if kind == "with ties":
+        made = made.round()
+    elif kind == "truncated":
+        made[:, torch.randperm(700, generator=generator)[:600]] = -torch.inf
+    elif kind == "NaN":
+        made[:, 5] = torch.nan
+    elif kind == "infinite":
+        made[:, 5] = torch.inf
+    elif kind == "one of them":
+        made[:, 7] = 200.0
+    elif kind == "all equal":
+        made[:] = 1.5
+    elif kind == "zeros of both signs":
+        made = torch.where(made > 0, 0.0, -0.0)
+    return made
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "plain",
+        "with ties",
+        "truncated",
+        "NaN",
+        "infinite",
+        "one of them",
+        "all equal",
+        "zeros of both signs",
+    ],
+)
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("kept", [1, 3, 700, 900])
+def test_it_is_transformers_nucleus_bit_for_bit(kind: str, top_p: float, kept: int) -> None:
+    theirs = TopPLogitsWarper(top_p, filter_value=-1e4, min_tokens_to_keep=kept)
+    ours = without_argsort(theirs)
+    assert type(ours) is SortedTopPLogitsWarper
+    for seed in range(6):
+        scores = logits(kind, seed)
+        before = scores.clone()
+        expected, got = theirs(IDS, scores), ours(IDS, scores)
+        assert torch.equal(expected.view(torch.int32), got.view(torch.int32))
+        assert torch.equal(scores.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("vocab_size", [49152, 262144])
+def test_it_is_theirs_over_a_vocabulary(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = 4.0 * torch.randn(4, vocab_size, generator=generator)
+    for top_p in (0.3, 0.9, 0.999):
+        theirs = TopPLogitsWarper(top_p)
+        assert torch.equal(theirs(IDS, scores), without_argsort(theirs)(IDS, scores))
+
+
+class OneMore(SortedTopPLogitsWarper):
+    """MUTANT: equal logits at the border all stay."""
+
+    def __call__(self, input_ids, scores):
+        ordered = scores.sort(dim=-1).values
+        fallen = (ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p).sum(-1, keepdim=True)
+        fallen = fallen.clamp(max=scores.shape[-1] - self.min_tokens_to_keep)
+        return scores.masked_fill(scores < ordered.gather(-1, fallen), self.filter_value)
+
+
+def test_equal_logits_at_the_border_fall_as_theirs_do() -> None:
+    scores = logits("all equal", 0)
+    theirs = TopPLogitsWarper(0.5)(IDS, scores)
+    assert torch.equal(theirs, SortedTopPLogitsWarper(0.5)(IDS, scores))
+    assert not torch.equal(theirs, OneMore(0.5)(IDS, scores))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_go_the_way_of_transformers(dtype: torch.dtype) -> None:
+    scores = logits("plain", 1).to(dtype)
+    assert torch.equal(TopPLogitsWarper(0.8)(IDS, scores), SortedTopPLogitsWarper(0.8)(IDS, scores))
+
+
+def test_rows_get_it_and_drafters_see_it() -> None:
+    class Own(TopPLogitsWarper):
+        pass
+
+    given = [TopKLogitsWarper(50), TopPLogitsWarper(0.7), Own(0.7)]
+    for num_rows in (1, 2):
+        kinds = [type(part) for part in row_copies(given, 0, num_rows, 0)]
+        assert kinds == [TopKLogitsWarper, SortedTopPLogitsWarper, Own]
+    scores = logits("plain", 2)
+    expected = warp_logits(LogitsProcessorList(given), scores)
+    own = LogitsProcessorList(row_copies(given, 0, 1, 0))
+    assert torch.equal(expected, warp_logits(own, scores))
