@@ -64,6 +64,7 @@ class EarlyExit(ModelDrafter):
             raise ConfigError(f"num_layers must be 1 to {count}, the target's layers, got {layers}")
         self._backend = probed(first_layers(target.model, layers), packed_weights=None)
         self._backend.packed = already_packed(target.model)
+        self._backend.refresh()
         if len(self._backend.specs) != layers:
             raise UnsupportedModelError(
                 f"{type(target.model).__name__} ran {len(self._backend.specs)} layers when cut to "

@@ -1,6 +1,6 @@
-/* One decoder layer of the Llama kind over a few rows, its cache included.
+/* Decoder layers of the Llama kind over a few rows, their caches included.
  *
- * All threads stay in one parallel region; each step shares its work out and waits for the others.
+ * All threads stay in one parallel region a layer; each step shares its work out and waits for the others.
  * Sums run in the order of inputs and of slots, and a slot that is masked adds zero. So what comes
  * out of a node is the same bits whatever other nodes there are, in its row or in others.
  */
@@ -221,8 +221,8 @@ static void attend_head(const struct layer *l, const struct pass *p, const float
 
 static int64_t room_of_scores(const struct pass *p) { return TOGETHER * (p->visible + LANES); }
 
-/* Numbers that `room` of `decoder_layer` must have. */
-int64_t decoder_layer_room(const struct layer *l, const struct pass *p) {
+/* Numbers that `room` of `run_layer` must have. */
+static int64_t room_of(const struct layer *l, const struct pass *p) {
     const int64_t rows = p->batch * p->nodes, hidden = l->joined.inputs;
     const int64_t line =
         l->joined.outputs + l->output.inputs + l->gates.outputs + l->down.inputs;
@@ -230,8 +230,8 @@ int64_t decoder_layer_room(const struct layer *l, const struct pass *p) {
 }
 
 /* x and y [batch, nodes, hidden]; keys and values of this layer are written to and read. */
-void decoder_layer(const struct layer *l, const struct pass *p, const float *x, float *y,
-                   float *keys, float *values, float *room) {
+static void run_layer(const struct layer *l, const struct pass *p, const float *x, float *y,
+                      float *keys, float *values, float *room) {
     const int rows = (int)(p->batch * p->nodes);
     const int64_t hidden = l->joined.inputs, line = l->joined.outputs, inner = l->down.inputs;
     float *normed = room, *middle = normed + rows * hidden, *joined = middle + rows * hidden;
@@ -263,5 +263,22 @@ void decoder_layer(const struct layer *l, const struct pass *p, const float *x, 
         }
         SHARED_OUT(panel, panels_of(hidden)) panel_of(&l->down, products, middle, y, rows, panel);
 #undef SHARED_OUT
+    }
+}
+
+/* Returns the numbers of `room` that `decoder_layers` needs, for layers of the shape of l. */
+int64_t decoder_layers_room(const struct layer *l, const struct pass *p) {
+    return p->batch * p->nodes * l->joined.inputs + room_of(l, p);
+}
+
+/* Layers of one shape, one behind the other, each with keys and values of its own. */
+void decoder_layers(const struct layer *layers, int64_t count, const struct pass *p,
+                    const float *x, float *y, float *const *keys, float *const *values,
+                    float *room) {
+    float *between = room, *rest = room + p->batch * p->nodes * layers->joined.inputs;
+    for (int64_t i = 0; i < count; i++) {
+        float *out = (count - 1 - i) % 2 ? between : y; /* in turns, the last one to y */
+        run_layer(layers + i, p, x, out, keys[i], values[i], rest);
+        x = out;
     }
 }

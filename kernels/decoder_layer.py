@@ -1,7 +1,8 @@
-"""One decoder layer of the Llama kind over a few rows on a CPU, its cache included, in one call.
+"""Decoder layers of the Llama kind over a few rows on a CPU, caches included, in one call.
 
 A layer of transformers is some fifty operators in a dozen modules. For a handful of rows through a
-small model to call them takes as long as the products themselves.
+small model to call them takes as long as the products themselves, and thirty calls of whole layers
+still take a quarter of it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,48 +27,39 @@ WIDTHS = 32  # a head's width is a multiple of it
 _SOURCE = Path(__file__).with_suffix(".c")
 
 
-class DecoderLayer:
-    """A layer, laid out for the C code once.
+class DecoderLayers:
+    """Layers one behind the other, laid out for the C code once.
 
     Source: Llama (arXiv 2302.13971); rotary embeddings as in transformers, the two halves of a head
     as pairs.
 
     Args:
-        parts: float32 on the CPU; they are neither copied nor written to.
+        layers: at least one, of one shape; float32 on the CPU. Nothing is copied or written to.
 
     Raises:
-        ValueError: if they do not fit together.
+        ValueError: if their parts, or they, do not fit together.
     """
 
-    def __init__(self, parts: LayerParts) -> None:
-        _check_parts(parts)
-        self.parts = parts
-        norms = parts.query_norm, parts.key_norm
-        self._head_weights = [None if norm is None else norm.weight.data_ptr() for norm in norms]
-        head_norm = parts.query_norm or Norm(parts.before.weight, 0.0)
-        self._layer = _Layer(
-            *map(_product, (parts.joined, parts.output, parts.gates, parts.down)),
-            parts.before.weight.data_ptr(),
-            parts.between.weight.data_ptr(),
-            *self._head_weights,
-            parts.before.eps,
-            head_norm.eps,
-            parts.before.offset,
-            head_norm.offset,
-            parts.scale,
-            parts.query_heads,
-            parts.heads,
-            parts.width,
-        )
+    def __init__(self, layers: Sequence[LayerParts]) -> None:
+        for parts in layers:
+            _check_parts(parts)
+        if len({_shape(parts) for parts in layers}) != 1:
+            raise ValueError(
+                f"decoder layers that run together must be of one shape; got "
+                f"{[_shape(parts) for parts in layers]}"
+            )
+        self.layers = tuple(layers)
+        self._laid_out = (_Layer * len(layers))(*map(_laid_out, layers))
 
     def run(self, call: LayerCall, *, impl: str = "native") -> Tensor:
-        """Returns what the layer makes of nodes behind what its cache holds; writes theirs to it.
+        """Returns what the layers make of nodes behind what their caches hold; writes them there.
 
         With "native" what comes out of a node is the same bits for any number of other nodes, in
-        its row and in others, wherever those stand in the cache that it does not see.
+        its row and in others, wherever those stand in the cache that it does not see; and for any
+        number of layers in a call.
 
         Args:
-            call: nodes and cache; "native" takes B * N up to 128.
+            call: nodes and caches; "native" takes B * N up to 128.
             impl: "reference", or "native": C, compiled when it is first called.
 
         Returns:
@@ -78,10 +71,10 @@ class DecoderLayer:
         """
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"decoder_layer: impl must be one of {IMPLEMENTATIONS}; got {impl!r}")
-        _check_call(self.parts, call)
+        _check_call(self.layers, call)
         if impl == "reference":
-            return reference(self.parts, call)
-        rows, mask, keys = call.rows.contiguous(), call.mask, call.keys
+            return reference(self.layers, call)
+        rows, mask, keys = call.rows.contiguous(), call.mask, call.keys[0]
         batch, nodes, _ = rows.shape
         starts = array("q", call.starts)
         shared = _Pass(
@@ -92,7 +85,7 @@ class DecoderLayer:
             batch,
             nodes,
             call.visible,
-            nodes * self.parts.width if len(call.cos) > 1 else 0,
+            nodes * self.layers[0].width if len(call.cos) > 1 else 0,
             0 if mask is None or len(mask) == 1 else mask.stride(0),
             0 if mask is None else mask.stride(2),
             keys.stride(0),
@@ -100,10 +93,18 @@ class DecoderLayer:
             torch.get_num_threads(),
         )
         room, run = _functions()
-        work = torch.empty(room(self._layer, shared))
+        work = torch.empty(room(self._laid_out, shared))
         output = torch.empty_like(rows)
-        tensors = (rows, output, keys, call.values, work)
-        run(self._layer, shared, *(tensor.data_ptr() for tensor in tensors))
+        caches = [array("Q", map(Tensor.data_ptr, own)) for own in (call.keys, call.values)]
+        run(
+            self._laid_out,
+            len(self.layers),
+            shared,
+            rows.data_ptr(),
+            output.data_ptr(),
+            *(pointers.buffer_info()[0] for pointers in caches),
+            work.data_ptr(),
+        )
         return output
 
 
@@ -142,18 +143,28 @@ def _check_parts(parts: LayerParts) -> None:
         )
 
 
-def _check_call(parts: LayerParts, call: LayerCall) -> None:
-    rows, cos, sin, keys, values, starts, mask, visible = call
+def _shape(parts: LayerParts) -> tuple[int, ...]:
+    """Returns what layers that run together have in common."""
+    weights = (parts.joined, parts.output, parts.gates, parts.down)
+    sizes = [size for p in weights for size in (p.weight.num_outputs, p.weight.num_inputs)]
+    return (*sizes, parts.width)
+
+
+def _check_call(layers: Sequence[LayerParts], call: LayerCall) -> None:
+    rows, cos, sin, all_keys, all_values, starts, mask, visible = call
     batch, nodes, hidden = rows.shape
-    width, angles = parts.width, (cos, sin)
-    tensors = [t for t in (rows, cos, sin, keys, values, mask) if t is not None]
+    parts, keys = layers[0], all_keys[0]
+    width, angles, caches = parts.width, (cos, sin), (*all_keys, *all_values)
+    tensors = [t for t in (rows, cos, sin, mask, *caches) if t is not None]
+    shape, stride = keys.shape, keys.stride()
     fits = (
-        all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+        {(tensor.dtype, tensor.is_cpu) for tensor in tensors} == {(torch.float32, True)}
         and hidden == parts.joined.weight.num_inputs
         and 0 < batch * nodes <= MOST_ROWS
-        and keys.shape == values.shape == (batch, parts.heads, keys.shape[2], width)
-        and keys.stride() == values.stride()
-        and keys.stride()[2:] == (width, 1)
+        and len(all_keys) == len(all_values) == len(layers)
+        and shape == (batch, parts.heads, shape[2], width)
+        and stride[2:] == (width, 1)
+        and {(own.shape, own.stride()) for own in caches} == {(shape, stride)}
         and all(angle.shape in ((batch, nodes, width), (1, nodes, width)) for angle in angles)
         and all(angle.is_contiguous() for angle in angles)
         and cos.shape == sin.shape
@@ -165,10 +176,12 @@ def _check_call(parts: LayerParts, call: LayerCall) -> None:
             and mask.stride(3) == 1
         )
     if not fits:
-        told = ", ".join(f"{list(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+        shapes = dict.fromkeys(f"{list(tensor.shape)} {tensor.dtype}" for tensor in tensors)
+        told = ", ".join(shapes)
         raise ValueError(
             f"a decoder layer takes float32 on the CPU: up to {MOST_ROWS} rows [B, N, H], cos and "
-            f"sin [B or 1, N, D], keys and values [B, Hkv, S, D] of equal strides, and a mask "
+            f"sin [B or 1, N, D], keys and values of {len(layers)} layers [B, Hkv, S, D] of equal "
+            f"strides, and a mask "
             f"[B or 1, 1, N, {visible} or more]; got {told}"
         )
     if len(starts) != batch or min(starts) < 0 or max(starts) + nodes > visible:
@@ -209,6 +222,25 @@ class _Pass(ctypes.Structure):
     )
 
 
+def _laid_out(parts: LayerParts) -> _Layer:
+    head_weights = [n and n.weight.data_ptr() for n in (parts.query_norm, parts.key_norm)]
+    head_norm = parts.query_norm or Norm(parts.before.weight, 0.0)
+    return _Layer(
+        *map(_product, (parts.joined, parts.output, parts.gates, parts.down)),
+        parts.before.weight.data_ptr(),
+        parts.between.weight.data_ptr(),
+        *head_weights,
+        parts.before.eps,
+        head_norm.eps,
+        parts.before.offset,
+        head_norm.offset,
+        parts.scale,
+        parts.query_heads,
+        parts.heads,
+        parts.width,
+    )
+
+
 def _product(product: Product) -> _Product:
     weight, bias = product
     return _Product(
@@ -222,11 +254,11 @@ def _product(product: Product) -> _Product:
 
 @functools.cache
 def _functions() -> tuple[Any, Any]:
-    """Returns `decoder_layer_room` and `decoder_layer` of the C code."""
+    """Returns `decoder_layers_room` and `decoder_layers` of the C code."""
     loaded: Any = library(_SOURCE)
-    structures = [ctypes.POINTER(_Layer), ctypes.POINTER(_Pass)]
-    loaded.decoder_layer_room.argtypes = structures
-    loaded.decoder_layer_room.restype = ctypes.c_int64
-    loaded.decoder_layer.argtypes = [*structures, *[ctypes.c_void_p] * 5]
-    loaded.decoder_layer.restype = None
-    return loaded.decoder_layer_room, loaded.decoder_layer
+    layers, shared = ctypes.POINTER(_Layer), ctypes.POINTER(_Pass)
+    loaded.decoder_layers_room.argtypes = [layers, shared]
+    loaded.decoder_layers_room.restype = ctypes.c_int64
+    loaded.decoder_layers.argtypes = [layers, ctypes.c_int64, shared, *[ctypes.c_void_p] * 5]
+    loaded.decoder_layers.restype = None
+    return loaded.decoder_layers_room, loaded.decoder_layers

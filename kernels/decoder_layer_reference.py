@@ -1,6 +1,8 @@
-"""A decoder layer of the Llama kind by torch's operators: what `decoder_layer.c` has to compute."""
+"""Decoder layers of the Llama kind by torch's operators: what `decoder_layer.c` has to compute."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +13,18 @@ from specdec.kernels.rms_norm import rms_norm
 from specdec.kernels.weight_blocks import from_blocks
 
 
-def reference(parts: LayerParts, call: LayerCall) -> Tensor:
-    """Returns what `DecoderLayer.run` returns, and writes what it writes."""
-    rows, mask, visible = call.rows, call.mask, call.visible
-    angles, cached = (call.cos, call.sin), (call.keys, call.values)
+def reference(layers: Sequence[LayerParts], call: LayerCall) -> Tensor:
+    """Returns what `DecoderLayers.run` returns, and writes what it writes."""
+    rows = call.rows
+    for parts, keys, values in zip(layers, call.keys, call.values, strict=True):
+        rows = _layer(parts, call, rows, (keys, values))
+    return rows
+
+
+def _layer(
+    parts: LayerParts, call: LayerCall, rows: Tensor, cached: tuple[Tensor, Tensor]
+) -> Tensor:
+    mask, visible, angles = call.mask, call.visible, (call.cos, call.sin)
     batch, nodes, _ = rows.shape
     heads = _times(_normed(rows, parts.before), parts.joined).view(batch, nodes, -1, parts.width)
     counts = [parts.query_heads, parts.heads, parts.heads]

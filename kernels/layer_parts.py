@@ -64,14 +64,14 @@ class LayerParts(NamedTuple):
 
 
 class LayerCall(NamedTuple):
-    """Some nodes, and the cache that they are written to; float32 on the CPU.
+    """Some nodes, and the caches that they are written to; float32 on the CPU.
 
     Attributes:
         rows: ``[B, N, H]``.
         cos: ``[B or 1, N, D]``.
         sin: ``[B or 1, N, D]``.
-        keys: ``[B, Hkv, S, D]``, written to; slots of a head lie side by side.
-        values: ``[B, Hkv, S, D]``, as `keys`, written to.
+        keys: of each layer ``[B, Hkv, S, D]``, written to; slots of a head lie side by side.
+        values: of each layer ``[B, Hkv, S, D]``, as `keys`, written to.
         starts: B slots, of each row's first node; the others stand behind it.
         mask: ``[B or 1, 1, N, visible or more]``, added to the scores; None where every node sees
             all slots.
@@ -81,8 +81,8 @@ class LayerCall(NamedTuple):
     rows: Tensor
     cos: Tensor
     sin: Tensor
-    keys: Tensor
-    values: Tensor
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
     starts: Sequence[int]
     mask: Tensor | None
     visible: int

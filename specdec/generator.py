@@ -130,14 +130,19 @@ class SpeculativeGenerator:
 
     @property
     def packed_weights(self) -> dict[str, Any] | None:
-        """How many linear layers run in which layout, how many decoder layers as one call of C,
-        and the bytes of the copies; None without any.
+        """How many linear layers run in which layout, how many decoder layers as one call of C
+        each, whether whole passes run past the model's own code, and the bytes of the copies; None
+        without any.
         """
         packed = self._backend.packed
         if packed is None:
             return None
-        fused = packed.num_fused
-        return {"layers": packed.formats, "fused_layers": fused, "nbytes": packed.nbytes}
+        return {
+            "layers": packed.formats,
+            "fused_layers": len(packed.fused),
+            "direct": self._backend.direct is not None,
+            "nbytes": packed.nbytes,
+        }
 
     @property
     def captured(self) -> bool:
@@ -229,7 +234,7 @@ class SpeculativeGenerator:
 
     def close(self) -> None:
         """Gives memory back: what the drafter learned, the packed weights, and recorded passes."""
-        self._backend.packed = None
+        self._backend.unpack()
         if self._backend.captured is not None:
             self._backend.captured.close()
         if self._parts.drafter is not None:

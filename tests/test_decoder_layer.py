@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from specdec.kernels.block_linear import MOST_ROWS
-from specdec.kernels.decoder_layer import DecoderLayer, why_not_native
+from specdec.kernels.decoder_layer import DecoderLayers, why_not_native
 from specdec.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
 from specdec.kernels.weight_blocks import Form, to_blocks
 
@@ -19,8 +21,14 @@ LOWEST = torch.finfo(torch.float32).min
 TOLERANCE = 3e-6  # relative to the largest entry
 
 
-def layer(
+def layer(*, count: int = 1, seed: int = 0, **options: Any) -> DecoderLayers:
+    """Returns layers of random weights, one behind the other."""
+    return DecoderLayers([parts_of(seed=seed + i, **options) for i in range(count)])
+
+
+def parts_of(
     *,
+    seed: int,
     hidden: int = 48,
     inner: int = 80,
     query_heads: int = 4,
@@ -30,8 +38,8 @@ def layer(
     bias: bool = False,
     head_norms: bool = False,
     size: float = 1.0,
-) -> DecoderLayer:
-    draw = torch.Generator().manual_seed(hidden + inner)
+) -> LayerParts:
+    draw = torch.Generator().manual_seed(hidden + inner + 1000 * seed)
 
     def product(outputs: int, inputs: int) -> Product:
         weight = size * torch.randn(outputs, inputs, generator=draw) * inputs**-0.5
@@ -41,27 +49,25 @@ def layer(
     def norm(count: int) -> Norm:
         return Norm(1 + 0.3 * torch.randn(count, generator=draw), 1e-5)
 
-    return DecoderLayer(
-        LayerParts(
-            product((query_heads + 2 * heads) * width, hidden),
-            product(hidden, query_heads * width),
-            product(2 * inner, hidden),
-            product(hidden, inner),
-            norm(hidden),
-            norm(hidden),
-            width,
-            width**-0.5,
-            norm(width) if head_norms else None,
-            norm(width) if head_norms else None,
-        )
+    return LayerParts(
+        product((query_heads + 2 * heads) * width, hidden),
+        product(hidden, query_heads * width),
+        product(2 * inner, hidden),
+        product(hidden, inner),
+        norm(hidden),
+        norm(hidden),
+        width,
+        width**-0.5,
+        norm(width) if head_norms else None,
+        norm(width) if head_norms else None,
     )
 
 
 def call_of(
-    parts: LayerParts, starts: list[int], nodes: int, slots: int = 0, seed: int = 0
+    own: DecoderLayers, starts: list[int], nodes: int, slots: int = 0, seed: int = 0
 ) -> LayerCall:
     """Returns random nodes behind random caches; every row's tree stands behind a prefix."""
-    draw = torch.Generator().manual_seed(seed)
+    draw, parts, count = torch.Generator().manual_seed(seed), own.layers[0], len(own.layers)
     batch, visible = len(starts), max(starts) + nodes
     shape = (batch, parts.heads, max(slots, visible + 3), parts.width)
     angle = torch.randn(batch, nodes, parts.width // 2, generator=draw).repeat(1, 1, 2)
@@ -75,21 +81,22 @@ def call_of(
         torch.randn(batch, nodes, parts.joined.weight.num_inputs, generator=draw),
         angle.cos(),
         angle.sin(),
-        torch.randn(shape, generator=draw),
-        torch.randn(shape, generator=draw),
+        tuple(torch.randn(count, *shape, generator=draw)),
+        tuple(torch.randn(count, *shape, generator=draw)),
         starts,
         mask,
         visible,
     )
 
 
-def results(own: DecoderLayer, call: LayerCall, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+def results(own: DecoderLayers, call: LayerCall, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """Returns output, keys and values; the call may be run again."""
-    call = call._replace(keys=call.keys.clone(), values=call.values.clone())
-    return own.run(call, impl=impl), call.keys, call.values
+    keys, values = torch.stack(tuple(call.keys)), torch.stack(tuple(call.values))
+    output = own.run(call._replace(keys=tuple(keys), values=tuple(values)), impl=impl)
+    return output, keys, values
 
 
-def assert_alike(own: DecoderLayer, call: LayerCall) -> None:
+def assert_alike(own: DecoderLayers, call: LayerCall) -> None:
     expected, got = results(own, call, "reference"), results(own, call, "native")
     for mine, theirs in zip(got, expected, strict=True):
         assert float((mine - theirs).abs().max()) <= TOLERANCE * float(theirs.abs().max())
@@ -99,7 +106,7 @@ def assert_alike(own: DecoderLayer, call: LayerCall) -> None:
 @pytest.mark.parametrize("starts", [[0], [5], [130], [3, 40, 17]])
 def test_trees_behind_prefixes(nodes: int, starts: list[int]) -> None:
     own = layer()
-    assert_alike(own, call_of(own.parts, starts, nodes))
+    assert_alike(own, call_of(own, starts, nodes))
 
 
 @pytest.mark.parametrize("form", [Form.FLOAT32, Form.BFLOAT16, None])
@@ -107,7 +114,7 @@ def test_trees_behind_prefixes(nodes: int, starts: list[int]) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_families(form: Form | None, head_norms: bool, bias: bool) -> None:
     own = layer(form=form, head_norms=head_norms, bias=bias)
-    assert_alike(own, call_of(own.parts, [6, 2], 5))
+    assert_alike(own, call_of(own, [6, 2], 5))
 
 
 @pytest.mark.parametrize(
@@ -115,14 +122,14 @@ def test_families(form: Form | None, head_norms: bool, bias: bool) -> None:
 )
 def test_heads(query_heads: int, heads: int, width: int) -> None:
     own = layer(query_heads=query_heads, heads=heads, width=width, hidden=65, inner=33)
-    assert_alike(own, call_of(own.parts, [50], 6))
+    assert_alike(own, call_of(own, [50], 6))
 
 
 def test_one_node_without_a_mask_and_angles_for_all_rows() -> None:
     own = layer()
-    call = call_of(own.parts, [4, 4], 1)
+    call = call_of(own, [4, 4], 1)
     assert_alike(own, call._replace(mask=None, cos=call.cos[:1], sin=call.sin[:1]))
-    call = call_of(own.parts, [4, 4], 3)
+    call = call_of(own, [4, 4], 3)
     assert call.mask is not None
     wider = call.mask[:1].repeat(1, 1, 1, 2)[..., :9]  # of all rows
     assert_alike(own, call._replace(mask=wider))
@@ -130,12 +137,28 @@ def test_one_node_without_a_mask_and_angles_for_all_rows() -> None:
 
 def test_most_rows_and_large_numbers() -> None:
     own = layer()
-    assert_alike(own, call_of(own.parts, [2], MOST_ROWS))
-    assert_alike(own, call_of(own.parts, [1] * 16, 8))
+    assert_alike(own, call_of(own, [2], MOST_ROWS))
+    assert_alike(own, call_of(own, [1] * 16, 8))
     large = layer(size=40.0)  # gates in the hundreds, scores in the thousands: exp at both its ends
-    call = call_of(large.parts, [30], 4)
+    call = call_of(large, [30], 4)
     assert torch.isfinite(results(large, call, "native")[0]).all()
     assert_alike(large, call)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("nodes", [1, 6])
+def test_layers_in_one_call_are_those_one_by_one(count: int, nodes: int) -> None:
+    own = layer(count=count, head_norms=count == 2)
+    call = call_of(own, [3, 20], nodes)
+    assert_alike(own, call)
+    together, keys, values = results(own, call, "native")
+    rows = call.rows
+    for i, parts in enumerate(own.layers):
+        one = call._replace(rows=rows, keys=call.keys[i : i + 1], values=call.values[i : i + 1])
+        rows, own_keys, own_values = results(DecoderLayers([parts]), one, "native")
+        assert torch.equal(own_keys[0], keys[i])
+        assert torch.equal(own_values[0], values[i])
+    assert torch.equal(rows, together)
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 5, 8])
@@ -143,9 +166,9 @@ def test_a_node_has_the_same_bits_in_any_company(nodes: int) -> None:
     """One path, pass by pass, and in a tree with others in between that it does not see."""
     own = layer(query_heads=9, heads=3, width=64)
     start, slots = 37, 80
-    path = call_of(own.parts, [start], nodes, slots)
+    path = call_of(own, [start], nodes, slots)
     outputs = []
-    keys, values = path.keys.clone(), path.values.clone()
+    keys, values = path.keys[0].clone(), path.values[0].clone()
     for node in range(nodes):
         one = slice(node, node + 1)
         outputs.append(
@@ -154,16 +177,16 @@ def test_a_node_has_the_same_bits_in_any_company(nodes: int) -> None:
                     path.rows[:, one],
                     path.cos[:, one].contiguous(),
                     path.sin[:, one].contiguous(),
-                    keys,
-                    values,
+                    [keys],
+                    [values],
                     [start + node],
                     None,
                     start + node + 1,
                 )
             )
         )
-    tree = call_of(own.parts, [start, 11], 2 * nodes, slots, seed=5)
-    tree.keys[0], tree.values[0] = path.keys[0], path.values[0]
+    tree = call_of(own, [start, 11], 2 * nodes, slots, seed=5)
+    tree.keys[0][0], tree.values[0][0] = path.keys[0][0], path.values[0][0]
     at = torch.arange(nodes) * 2 + 1  # a stranger before each node of the path
     for whole, part in ((tree.rows, path.rows), (tree.cos, path.cos), (tree.sin, path.sin)):
         whole[0, at] = part[0]
@@ -173,37 +196,37 @@ def test_a_node_has_the_same_bits_in_any_company(nodes: int) -> None:
         tree.mask[0, 0, node, start + at[: i + 1]] = 0
     together, tree_keys, _ = results(own, tree, "native")
     assert torch.equal(together[0, at], torch.cat(outputs, dim=1)[0])
-    assert torch.equal(tree_keys[0, :, start + at], keys[0, :, start : start + nodes])
+    assert torch.equal(tree_keys[0, 0, :, start + at], keys[0, :, start : start + nodes])
 
 
 def test_nan_stays_in_its_row_and_nothing_seen_is_nothing_read() -> None:
     own = layer()
-    call = call_of(own.parts, [3, 5], 4)
+    call = call_of(own, [3, 5], 4)
     clean = results(own, call, "native")[0]
     call.rows[1, 2] = torch.nan
     spoiled = results(own, call, "native")[0]
     assert torch.equal(spoiled[0], clean[0])
     assert torch.isnan(spoiled[1, 2]).all()
     assert call.mask is not None
-    call = call_of(own.parts, [3], 2)
+    call = call_of(own, [3], 2)
     blind = call._replace(mask=torch.full_like(call.mask, -torch.inf))
     assert torch.isfinite(results(own, blind, "native")[0]).all()
 
 
 def test_only_the_slots_of_the_nodes_are_written() -> None:
     own = layer()
-    call = call_of(own.parts, [3, 9], 4, slots=20)
+    call = call_of(own, [3, 9], 4, slots=20)
     _, keys, values = results(own, call, "native")
     written = torch.zeros(2, 20, dtype=torch.bool)
     written[0, 3:7] = written[1, 9:13] = True
-    for before, after in ((call.keys, keys), (call.values, values)):
+    for before, after in ((call.keys[0], keys[0]), (call.values[0], values[0])):
         changed = (before != after).any(dim=-1).any(dim=1)
         assert torch.equal(changed, written)
 
 
 def test_bad_input() -> None:
     own = layer()
-    call = call_of(own.parts, [1], 2, slots=6)
+    call = call_of(own, [1], 2, slots=6)
     with pytest.raises(ValueError, match="impl must be one of"):
         own.run(call, impl="triton")
     with pytest.raises(ValueError, match=r"takes float32.*got \[1, 2, 48\] torch.float64"):
@@ -214,8 +237,17 @@ def test_bad_input() -> None:
         own.run(call._replace(visible=7, mask=None))
     with pytest.raises(ValueError, match=r"got D = 24"):
         layer(width=24)
-    parts = own.parts._replace(query_norm=Norm(torch.ones(32), 1e-5))
+    parts = own.layers[0]._replace(query_norm=Norm(torch.ones(32), 1e-5))
     with pytest.raises(ValueError, match="norms alike"):
-        DecoderLayer(parts)
+        DecoderLayers([parts])
+    with pytest.raises(ValueError, match="must be of one shape"):
+        DecoderLayers([own.layers[0], parts_of(seed=1, inner=81)])
+    two = layer(count=2)
+    with pytest.raises(ValueError, match="keys and values of 2 layers"):
+        two.run(call)
+    other = call_of(own, [1], 2, slots=9)
+    caches = {"keys": (*call.keys, *other.keys), "values": (*call.values, *other.values)}
+    with pytest.raises(ValueError, match="of equal strides"):
+        two.run(call._replace(**caches))
     with pytest.raises(ValueError, match="float32 on the CPU"):
-        own.run(call_of(own.parts, [0], MOST_ROWS + 1))
+        own.run(call_of(own, [0], MOST_ROWS + 1))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from specdec import SpeculativeGenerator
 from specdec.backend import packed
 from specdec.backend.probe import probed
-from specdec.kernels.decoder_layer import DecoderLayer, why_not_native
+from specdec.kernels.decoder_layer import DecoderLayers, why_not_native
 from specdec.kernels.layer_parts import LayerCall
 
 pytestmark = pytest.mark.skipif(
@@ -35,15 +35,15 @@ def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The rows of each call of a layer's C code."""
+    """The rows of each layer that the C code runs."""
     seen: list[int] = []
-    run = DecoderLayer.run
+    run = DecoderLayers.run
 
-    def counted(self: DecoderLayer, call: LayerCall, **kwargs: Any) -> Tensor:
-        seen.append(call.rows.shape[0] * call.rows.shape[1])
+    def counted(self: DecoderLayers, call: LayerCall, **kwargs: Any) -> Tensor:
+        seen.extend([call.rows.shape[0] * call.rows.shape[1]] * len(self.layers))
         return run(self, call, **kwargs)
 
-    monkeypatch.setattr(DecoderLayer, "run", counted)
+    monkeypatch.setattr(DecoderLayers, "run", counted)
     return seen
 
 

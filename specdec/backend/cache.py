@@ -303,14 +303,9 @@ class TreeLayer(CacheLayerMixin):
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
     @property
-    def starts(self) -> list[int] | None:
-        """`TreeCache.starts`."""
-        return self._cache.starts
-
-    @property
-    def visible(self) -> int:
-        """`TreeCache.visible`."""
-        return self._cache.visible
+    def cache(self) -> TreeCache:
+        """What it is a layer of."""
+        return self._cache
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Returns the number of slots attended over, and that they start at slot 0."""

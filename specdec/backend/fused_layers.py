@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec.backend.as_found import AsFound
 from specdec.backend.attention import GROUPED
 from specdec.backend.cache import LayerSpec, TreeCache, TreeLayer
 from specdec.backend.cache_name import cache_argument, cache_in
@@ -20,7 +21,7 @@ from specdec.backend.linear_formats import PackedWeight
 from specdec.backend.norms import NativeNorm, StandIn
 from specdec.backend.tree_layers import TREE
 from specdec.kernels.block_linear import MOST_ROWS
-from specdec.kernels.decoder_layer import DecoderLayer, why_not_native
+from specdec.kernels.decoder_layer import DecoderLayers, why_not_native
 from specdec.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
 
 _NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -50,6 +51,10 @@ class FusedLayer:
 
     Attributes:
         layer: as given.
+        parts: what it is made of.
+        found: tells whether it still is.
+        place: its place in a cache.
+        config: its settings.
 
     Raises:
         ValueError: if the C code has no room for such a layer.
@@ -59,29 +64,22 @@ class FusedLayer:
         self, layer: Any, products: Sequence[Product], norms: Sequence[NativeNorm]
     ) -> None:
         self.layer: nn.Module = layer
-        self._attention = layer.self_attn
+        attention = layer.self_attn
         # the tensors themselves: to put others in their places is noticed
-        self._weights = [(norm.module, norm.module.get_parameter("weight")) for norm in norms]
-        pairs = zip(self._weights, norms, strict=True)
+        weights = [(norm.module, norm.module.get_parameter("weight")) for norm in norms]
+        pairs = zip(weights, norms, strict=True)
         own = [Norm(weight, norm.eps, norm.offset) for (_, weight), norm in pairs]
-        self._native = DecoderLayer(
-            LayerParts(
-                *(products[0], products[1], products[2], products[3]),
-                *(own[0], own[1]),
-                int(self._attention.head_dim),
-                float(self._attention.scaling),
-                *((own[2], own[3]) if len(own) > 2 else (None, None)),
-            )
+        self.parts = LayerParts(
+            *(products[0], products[1], products[2], products[3]),
+            *(own[0], own[1]),
+            int(attention.head_dim),
+            float(attention.scaling),
+            *((own[2], own[3]) if len(own) > 2 else (None, None)),
         )
-        inner = [module for module in layer.modules() if module is not layer]
-        self._hooks = [hooks for m in inner for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        # as they were tried out: an adapter puts modules in their places, others replace `forward`
-        self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = [
-            (parent._modules, name, child)
-            for parent in (layer, layer.self_attn, layer.mlp)
-            for name, child in parent.named_children()
-        ]
-        self._containers = [layer.self_attn.__dict__, layer.mlp.__dict__]
+        self.found = AsFound.layer(layer, weights)
+        self.place = int(attention.layer_idx)
+        self.config: Any = attention.config
+        self._native = DecoderLayers([self.parts])
 
     def stand_in(self) -> StandIn:
         """Returns the module and what runs in place of its `forward`."""
@@ -95,10 +93,10 @@ class FusedLayer:
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        cached = self._cached(cache_in(kwargs))
-        starts = None if cached is None else cached.starts
+        cache = self._cache(cache_in(kwargs))
+        starts = None if cache is None else cache.starts
         if (
-            cached is None
+            cache is None
             or starts is None
             or position_embeddings is None
             or not self._serves(hidden_states, attention_mask)
@@ -109,41 +107,41 @@ class FusedLayer:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+        layer = cache.layers[self.place]
         return self._native.run(
             LayerCall(
                 hidden_states,
                 *position_embeddings,
-                cached.keys,
-                cached.values,
+                [layer.keys],
+                [layer.values],
                 starts,
                 attention_mask,
-                cached.visible,
+                cache.visible,
             )
         )
 
-    def _cached(self, cache: Any) -> TreeLayer | None:
-        """Returns the layer's place in a cache of ours."""
+    def _cache(self, cache: Any) -> TreeCache | None:
+        """Returns the cache if it is one of ours with a place for this layer."""
         layers = getattr(cache, "layers", ())
-        index: int = self._attention.layer_idx
-        layer = layers[index] if index < len(layers) else None
-        return layer if isinstance(layer, TreeLayer) else None
+        layer = layers[self.place] if self.place < len(layers) else None
+        return layer.cache if isinstance(layer, TreeLayer) else None
 
     def _serves(self, hidden: Tensor, mask: Tensor | None) -> bool:
-        """Returns whether all is as it was found to be, and nobody looks at the parts."""
-        if hidden.dtype != torch.float32 or torch.is_grad_enabled() or self.layer.training:
-            return False
-        if hidden.shape[0] * hidden.shape[1] > MOST_ROWS:
-            return False
-        # of several nodes without a mask each sees those before it, which is for the model's own
-        if hidden.shape[1] > 1 if mask is None else mask.dtype != torch.float32:
-            return False
-        if self._attention.config._attn_implementation not in _ATTENTIONS:
-            return False
-        if any(self._hooks) or any("forward" in own for own in self._containers):
-            return False
-        if any(modules[name] is not child for modules, name, child in self._places):
-            return False
-        return all(module._parameters["weight"] is weight for module, weight in self._weights)
+        """Returns whether the C code takes such a pass, and the layer is as it was found to be."""
+        return (
+            hidden.dtype == torch.float32
+            and takes(hidden.shape[0], hidden.shape[1], mask)
+            and self.config._attn_implementation in _ATTENTIONS
+            and self.found.holds()
+        )
+
+
+def takes(rows: int, nodes: int, mask: Tensor | None) -> bool:
+    """Returns whether the C code takes a pass over nodes of some rows under a mask, or none."""
+    if torch.is_grad_enabled() or rows * nodes > MOST_ROWS:
+        return False
+    # of several nodes without a mask each sees those before it, which is for the model's own
+    return nodes == 1 if mask is None else mask.dtype == torch.float32
 
 
 def fused_layers(

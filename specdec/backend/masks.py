@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ def tree_visibility(
     A node sees its whole prefix (slots ``0 .. lengths[b]``) and, among the tree's nodes at the
     slots behind it, itself and its ancestors.
 
+    On the host, in numpy, whose calls take a third of the time of torch's here.
+
     Args:
         lengths: committed tokens of each row.
         ancestors: ``[B, N, M]`` bool, entry (i, j): new node i sees node j; the N new nodes are the
@@ -25,18 +28,20 @@ def tree_visibility(
         window: only positions less than `window` behind the query are seen; None for all.
     """
     batch_size, new, count = ancestors.shape
-    device = ancestors.device
-    slots = torch.arange(visible, device=device)
-    starts = torch.tensor(lengths, device=device).unsqueeze(1)
-    mask = (slots < starts).unsqueeze(1).repeat(1, new, 1)
-    slot_positions = slots.repeat(batch_size, 1)
+    slots = np.arange(visible)
+    starts = np.array(lengths)[:, None]
+    mask = np.empty((batch_size, new, visible), dtype=np.bool_)
+    mask[:] = (slots < starts)[:, None]
+    tree = ancestors.numpy()
     for row, start in enumerate(lengths):
-        mask[row, :, start : start + count] = ancestors[row]
-        slot_positions[row, start : start + count] = positions[row]
+        mask[row, :, start : start + count] = tree[row]
     if window is not None:
-        distance = positions[:, count - new :].unsqueeze(2) - slot_positions.unsqueeze(1)
-        mask &= distance < window
-    return mask.unsqueeze(1)
+        of_tree = positions.numpy()
+        slot_positions = np.repeat(slots[None], batch_size, axis=0)
+        for row, start in enumerate(lengths):
+            slot_positions[row, start : start + count] = of_tree[row]
+        mask &= of_tree[:, count - new :, None] - slot_positions[:, None] < window
+    return torch.from_numpy(mask).unsqueeze(1)
 
 
 def as_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

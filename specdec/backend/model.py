@@ -7,12 +7,14 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.backend.attention import GROUPED, attention_of, pays
 from specdec.backend.cache import LayerSpec, TreeCache
 from specdec.backend.cache_name import cache_argument
+from specdec.backend.direct_pass import DirectPass, direct_pass
 from specdec.backend.masks import as_additive, tree_visibility
 from specdec.backend.packed import PackedLinears
 from specdec.backend.support import ModelTraits, read_traits
@@ -21,6 +23,7 @@ from specdec.kernels.tree_mask import visible_slots
 
 if TYPE_CHECKING:
     from specdec.backend.captured import CapturedPasses
+    from specdec.backend.fused_layers import FusedLayer
 
 
 class TreeModel:
@@ -36,6 +39,7 @@ class TreeModel:
 
     Attributes:
         captured: runs passes over trees from recordings; None where they are not recorded.
+        direct: runs passes over few rows past the model's own code; None where that cannot be.
 
     Raises:
         UnsupportedModelError: if the model cannot take trees.
@@ -50,6 +54,8 @@ class TreeModel:
         self.attention: str | None = GROUPED if pays(self.device, self.traits.attention) else None
         self.tree_attention = tree_attention
         self.captured: CapturedPasses | None = None
+        self.direct: DirectPass | None = None
+        self._fused: Sequence[FusedLayer] = ()  # that it was made of
         self._config = model.config.get_text_config(decoder=True)
         self._cache_argument = cache_argument(model.forward)
         self._keeps_logits: bool = model._supports_logits_to_keep()
@@ -67,6 +73,13 @@ class TreeModel:
         """Packs weights anew that have changed since."""
         if self.packed is not None:
             self.packed.refresh()
+            if self._fused is not self.packed.fused:
+                self._fused = self.packed.fused
+                self.direct = direct_pass(self, self.packed)
+
+    def unpack(self) -> None:
+        """Lets go of the packed weights: passes run the model's own layers from now on."""
+        self.packed, self.direct, self._fused = None, None, ()
 
     def new_cache(self, batch_size: int, capacity: int) -> TreeCache:
         """Returns an empty cache for `batch_size` rows of `capacity` slots."""
@@ -184,10 +197,18 @@ class TreeModel:
             arguments["logits_to_keep"] = keep.to(tokens.device)
         if trees is not None:
             arguments[ARGUMENT] = trees
+        mask = self._as_argument(masks)
+        if (
+            self.direct is not None
+            and trees is None
+            and not isinstance(mask, dict)
+            and self.direct.serves(tokens, mask)
+        ):
+            return self.direct.run(cache, tokens, positions, mask, keep)
         with self._pass(attention):
             logits: Tensor = self.model(
                 input_ids=tokens,
-                attention_mask=self._as_argument(masks),
+                attention_mask=mask,
                 position_ids=positions,
                 use_cache=True,
                 return_dict=True,
@@ -199,7 +220,7 @@ class TreeModel:
 
     @contextmanager
     def _pass(self, attention: str | None) -> Iterator[None]:
-        """Has the model run with our linear layers, and an attention of ours if one is given."""
+        """Has the model run with layers of ours, and an attention of ours if one is given."""
         packed = self.packed.active() if self.packed is not None else nullcontext()
         with packed, attention_of(self._config, attention, self.traits.attention):
             yield
@@ -241,7 +262,7 @@ def causal_ancestors(batch_size: int, count: int) -> Tensor:
 
 def token_matrix(rows: Sequence[Sequence[int]], width: int) -> Tensor:
     """Returns ``[B, width]`` int64, each row's tokens first and zeros behind them."""
-    matrix = torch.zeros(len(rows), width, dtype=torch.int64)
+    matrix = np.zeros((len(rows), width), dtype=np.int64)
     for index, row in enumerate(rows):
-        matrix[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
-    return matrix
+        matrix[index, : len(row)] = row
+    return torch.from_numpy(matrix)

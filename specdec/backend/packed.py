@@ -80,9 +80,14 @@ class PackedLinears:
         return count
 
     @property
-    def num_fused(self) -> int:
-        """Decoder layers that run as one call: `specdec.backend.fused_layers`."""
-        return len(self._fused)
+    def fused(self) -> list[FusedLayer]:
+        """Decoder layers that run as one call; another list when they have been found anew."""
+        return self._fused
+
+    @property
+    def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
+        """What runs in place of modules' `forward` in a pass of ours."""
+        return dict(self._stand_ins)
 
     def refresh(self) -> None:
         """Packs what was not packed yet, or has changed since."""

@@ -50,6 +50,7 @@ def probed(
     backend = TreeModel(model, tree_attention)
     probe(backend)
     backend.packed = packed_linears(model, packed_weights)
+    backend.refresh()
     return backend
 
 

@@ -1,0 +1,150 @@
+"""A pass over a few rows past the model's own code: embedding, angles, layers, norm and head.
+
+What transformers does around decoder layers and between them (checks, masks, outputs with names,
+thirty calls of modules) takes a quarter of a small model's pass when the layers are fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from specdec.backend.as_found import AsFound
+from specdec.backend.cache import TreeCache
+from specdec.backend.fused_layers import FusedLayer, takes
+from specdec.backend.packed import PackedLinears
+from specdec.kernels.decoder_layer import DecoderLayers
+from specdec.kernels.layer_parts import LayerCall
+from specdec.kernels.tree_mask import ancestor_matrix
+
+if TYPE_CHECKING:
+    from specdec.backend.model import TreeModel
+
+_OF_MODEL = {"model", "lm_head"}
+_OF_BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
+_ATTENTION = "sdpa"
+_TRIAL_PROMPT, _TRIAL_PARENTS, _TRIAL_DEPTHS = 3, (-1, 0, 0, 2), (0, 1, 1, 2)
+
+
+class DirectPass:
+    """The parts of a model whose decoder layers are all fused, called one after the other.
+
+    Args:
+        model: a causal language model with the modules of a Llama.
+        layers: its decoder layers, in order.
+        packed: of its linear layers and norms.
+        windowed: whether tokens see only so far behind them, which a mask has to tell.
+
+    Raises:
+        ValueError: if the layers are not of one shape, or read other settings than the model.
+    """
+
+    def __init__(
+        self, model: Any, layers: Sequence[FusedLayer], packed: PackedLinears, *, windowed: bool
+    ) -> None:
+        body = model.model
+        if any(layer.config is not body.config for layer in layers):
+            raise ValueError("the layers must share the settings of the model")
+        self._layers = DecoderLayers([layer.parts for layer in layers])
+        self._places = [layer.place for layer in layers]
+        self._config = body.config
+        self._windowed = windowed
+        self._embedding: nn.Embedding = body.embed_tokens
+        self._angles = body.rotary_emb.forward
+        self._norm = packed.forwards.get(body.norm, body.norm.forward)
+        self._head = packed.forwards.get(model.lm_head, model.lm_head.forward)
+        around = [model, body, body.layers, *(getattr(body, name) for name in _OF_BODY)]
+        found = [layer.found for layer in layers]
+        own = AsFound.of([*around, model.lm_head, *(layer.layer for layer in layers)])
+        self._found = AsFound.joined([own, *found])
+
+    def serves(self, tokens: Tensor, mask: Tensor | None) -> bool:
+        """Returns whether it takes such a pass, and the model is as it was and not looked at."""
+        return (
+            takes(tokens.shape[0], tokens.shape[1], mask)
+            and (mask is not None or not self._windowed)
+            and self._config._attn_implementation == _ATTENTION
+            and not torch.is_autocast_enabled("cpu")
+            and self._found.holds()
+        )
+
+    def run(
+        self,
+        cache: TreeCache,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        keep: Tensor | None,
+    ) -> Tensor:
+        """Returns ``[B, N, V]`` (or ``[B, K, V]``) logits; see `TreeModel.forward`."""
+        hidden = self._embedding.forward(tokens)
+        cos, sin = self._angles(hidden, positions)
+        own = [cache.layers[place] for place in self._places]
+        keys, values = [layer.keys for layer in own], [layer.values for layer in own]
+        assert cache.starts is not None
+        call = LayerCall(hidden, cos, sin, keys, values, cache.starts, mask, cache.visible)
+        hidden = self._layers.run(call)
+        # the norm is a node's own: of those that are not wanted it is not needed
+        logits: Tensor = self._head(self._norm(hidden if keep is None else hidden[:, keep]))
+        return logits
+
+
+def direct_pass(backend: TreeModel, packed: PackedLinears) -> DirectPass | None:
+    """Returns a model's direct pass if it consists of a Llama's parts and does nothing else.
+
+    Names say which model is worth trying; logits, keys and values of a small tree and of a single
+    token must then be the very bits that the model's own code gives with the same layers.
+
+    Args:
+        backend: the probed model.
+        packed: of it, or of a model that it is a part of.
+    """
+    model: Any = backend.model
+    if _names(model) != _OF_MODEL or _names(model.model) != _OF_BODY:
+        return None
+    if len(backend.traits.layer_types) > 1:
+        return None  # each kind of layer has a mask of its own
+    body = model.model
+    of_module = {layer.layer: layer for layer in packed.fused}
+    layers = [of_module[module] for module in body.layers if module in of_module]
+    if len(layers) != len(body.layers) or type(body.embed_tokens) is not nn.Embedding:
+        return None
+    try:
+        windowed = backend.traits.window is not None
+        direct = DirectPass(model, layers, packed, windowed=windowed)
+    except ValueError:
+        return None
+    results = []
+    for backend.direct in (None, direct):
+        results.append(_trial(backend))
+    backend.direct = None
+    return direct if all(map(torch.equal, *results)) else None
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _trial(backend: TreeModel) -> list[Tensor]:
+    """Returns logits, keys and values of a prompt, a token behind it and a small tree."""
+    nodes = len(_TRIAL_PARENTS)
+    size = _TRIAL_PROMPT + 1 + nodes
+    cache = TreeCache(backend.specs, 1, size)
+    tokens = (1 + torch.arange(size)).unsqueeze(0) % backend.traits.vocab_size
+    positions = torch.arange(size).unsqueeze(0)
+    positions[:, -nodes:] = _TRIAL_PROMPT + 1 + torch.tensor(_TRIAL_DEPTHS)
+    sees = ancestor_matrix(_TRIAL_PARENTS, nodes).unsqueeze(0)
+    results, start = [], 0
+    for count, ancestors in ((_TRIAL_PROMPT, None), (1, None), (nodes, sees)):
+        some = slice(start, start + count)
+        results.append(backend.forward(cache, tokens[:, some], positions[:, some], ancestors))
+        cache.advance([count])
+        start += count
+    for layer in cache.layers:
+        results += [layer.keys, layer.values]
+    return results
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}

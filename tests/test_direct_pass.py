@@ -1,0 +1,249 @@
+"""A pass past the model's own code: the same bits, and the model's way wherever it is looked at."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from specdec import SpeculativeGenerator
+from specdec.backend import packed
+from specdec.backend.direct_pass import DirectPass
+from specdec.backend.model import TreeModel
+from specdec.backend.probe import probed
+from specdec.kernels.decoder_layer import why_not_native
+
+pytestmark = pytest.mark.skipif(
+    why_not_native() is not None, reason=f"no native code: {why_not_native()}"
+)
+WIDE = {"head_dim": 32, "hidden_size": 128}
+SERVED = ["llama", "qwen2", "qwen3", "mistral", "qwen3_all_window"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    yield from tiny.one_thread()
+
+
+@pytest.fixture(autouse=True)
+def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_SMALLEST", 1)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of each direct pass."""
+    seen: list[tuple[int, ...]] = []
+    run = DirectPass.run
+
+    def counted(self: DirectPass, cache: Any, tokens: Tensor, *rest: Any) -> Tensor:
+        seen.append(tuple(tokens.shape))
+        return run(self, cache, tokens, *rest)
+
+    monkeypatch.setattr(DirectPass, "run", counted)
+    return seen
+
+
+def backend_of(family: str = "llama", **overrides: Any) -> TreeModel:
+    return probed(tiny.make_model(family, **WIDE, **overrides), "blocks")
+
+
+def one_token(backend: TreeModel) -> Tensor:
+    """Returns the logits of a pass over a token, which goes by a mask."""
+    cache = backend.new_cache(1, 8)
+    with torch.no_grad():
+        return backend.forward(
+            cache, tiny.ids([5]), torch.tensor([[0]]), torch.ones(1, 1, 1).bool()
+        )
+
+
+@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("drafter", [None, "token_recycling"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_logits_are_those_of_the_models_own_code(
+    family: str, drafter: str | None, sampled: bool, runs: list[tuple[int, ...]]
+) -> None:
+    """Same layers, same bits, in a ragged batch that runs far past the windows."""
+    arguments: dict[str, Any] = {
+        **tiny.padded([tiny.prompt(n, seed=n) for n in (5, 23, 12)]),
+        "max_new_tokens": 24,
+        "do_sample": sampled,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": 0,
+    }
+    if sampled:
+        arguments["seed"] = 7
+    texts = []
+    model = tiny.make_model(family, **WIDE)
+    for direct in (True, False):
+        generator = SpeculativeGenerator(
+            model, drafter=drafter, node_budget=6, packed_weights="blocks"
+        )
+        if not direct:
+            generator._backend.direct = None
+        runs.clear()
+        texts.append(generator.generate(**arguments))
+        assert bool(runs) == direct
+    assert torch.equal(texts[0].sequences, texts[1].sequences)
+    assert torch.equal(torch.stack(texts[0].logits), torch.stack(texts[1].logits))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3_all_window"])
+def test_plain_passes_far_behind_a_window(family: str) -> None:
+    model = tiny.make_model(family, **WIDE)
+    prompt = tiny.ids(tiny.prompt(2 * tiny.WINDOW))
+    arguments: dict[str, Any] = {"max_new_tokens": 3 * tiny.WINDOW, "do_sample": False}
+    plain = SpeculativeGenerator(model, drafter=None, packed_weights="blocks")
+    assert plain._backend.direct is not None
+    expected = model.generate(prompt, pad_token_id=0, **arguments)
+    assert torch.equal(plain.generate(prompt, **arguments), expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3_window", "gemma3_text", "phi3", "mixtral", "gpt2"])
+def test_other_models_go_their_own_way(family: str, runs: list[tuple[int, ...]]) -> None:
+    wide = {} if family == "gpt2" else WIDE
+    backend = probed(tiny.make_model(family, **wide), "blocks")
+    assert backend.direct is None
+    one_token(backend)
+    assert not runs
+
+
+def test_the_models_code_is_not_run(runs: list[tuple[int, ...]]) -> None:
+    """What is gained: none of its modules is called but those that are asked for by name."""
+    backend = backend_of()
+    called: list[str] = []
+    own = nn.Module.__call__
+
+    def noted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        called.append(type(self).__name__)
+        return own(self, *args, **kwargs)
+
+    nn.Module.__call__ = noted  # type: ignore[method-assign]
+    try:
+        one_token(backend)
+    finally:
+        nn.Module.__call__ = own  # type: ignore[method-assign]
+    assert runs[-1] == (1, 1)
+    assert not called
+
+
+@pytest.mark.parametrize(
+    "name", ["", "model", "model.embed_tokens", "model.layers.1", "model.norm", "lm_head"]
+)
+def test_hooks_see_what_they_saw(name: str, runs: list[tuple[int, ...]]) -> None:
+    backend = backend_of()
+    expected = one_token(backend)
+    module = backend.model.get_submodule(name)
+    for register in (module.register_forward_pre_hook, module.register_forward_hook):
+        seen: list[nn.Module] = []
+        hook = register(lambda module, *_: seen.append(module))  # noqa: B023
+        runs.clear()
+        assert torch.equal(one_token(backend), expected)
+        assert seen == [module]
+        assert not runs
+        hook.remove()
+    assert torch.equal(one_token(backend), expected)
+    assert runs
+
+
+@pytest.mark.parametrize(
+    "name", ["model", "model.embed_tokens", "model.layers.1", "model.rotary_emb", "model.norm"]
+)
+def test_a_forward_of_somebody_else_counts(name: str, runs: list[tuple[int, ...]]) -> None:
+    backend = backend_of()
+    module = backend.model.get_submodule(name)
+    own, called = module.forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        called.append(name)
+        return own(*args, **kwargs)
+
+    module.forward = forward
+    runs.clear()
+    one_token(backend)
+    assert called or name in ("model.layers.1", "model.norm")  # our own stand in for these
+    assert not runs
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.norm", "lm_head", "model.layers"])
+def test_a_replaced_part_counts(name: str, runs: list[tuple[int, ...]]) -> None:
+    model = tiny.make_model("llama", **WIDE)
+    generator = SpeculativeGenerator(model, drafter=None, packed_weights="blocks")
+    other = tiny.make_model("llama", **WIDE, seed=3)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, other.get_submodule(name))
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    prompt = tiny.ids(tiny.prompt(8))
+    plain = SpeculativeGenerator(model, drafter=None, packed_weights=None)
+    expected = plain.generate(prompt, **arguments)
+    runs.clear()
+    assert torch.equal(generator.generate(prompt, **arguments), expected)
+    assert not runs
+
+
+def test_what_a_model_does_besides_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MUTANT of a Llama: its parts have the names, its logits another scale."""
+    from transformers import LlamaForCausalLM
+
+    own = LlamaForCausalLM.forward
+
+    @functools.wraps(own)
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = own(self, *args, **kwargs)
+        output.logits = output.logits * 1.001
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    backend = backend_of()
+    assert backend.packed is not None
+    assert backend.packed.fused
+    assert backend.direct is None
+
+
+def test_training_autocast_and_gradients_go_the_models_way(runs: list[tuple[int, ...]]) -> None:
+    backend = backend_of()
+    runs.clear()
+    backend.model.train()
+    one_token(backend)
+    backend.model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        one_token(backend)
+    backend.model.set_attn_implementation("eager")
+    one_token(backend)
+    backend.model.set_attn_implementation("sdpa")
+    assert not runs
+    one_token(backend)
+    assert runs
+
+
+def test_weights_written_to_count_from_the_next_call_on(runs: list[tuple[int, ...]]) -> None:
+    model = tiny.make_model("llama", **WIDE)
+    generator = SpeculativeGenerator(model, drafter=None, packed_weights="blocks")
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    prompt = tiny.ids(tiny.prompt(8))
+    before = generator.generate(prompt, **arguments)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+        model.model.embed_tokens.weight.mul_(0.5)
+        model.lm_head.weight.roll(1, 0)
+    plain = SpeculativeGenerator(model, drafter=None, packed_weights=None)
+    expected = plain.generate(prompt, **arguments)
+    runs.clear()
+    assert torch.equal(generator.generate(prompt, **arguments), expected)
+    assert runs
+    assert not torch.equal(expected, before)
+
+
+def test_closing_gives_its_memory_back() -> None:
+    generator = SpeculativeGenerator(tiny.make_model("llama", **WIDE), packed_weights="blocks")
+    assert generator.packed_weights is not None
+    assert generator.packed_weights["direct"]
+    generator.close()
+    assert generator._backend.direct is None
+    assert generator.packed_weights is None
