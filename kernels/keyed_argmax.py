@@ -6,13 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specdec.kernels.philox import (
-    GUMBEL_RANGE,
-    gumbel,
-    keyed_gumbel,
-    keyed_gumbel_dense,
-    keyed_words,
-)
+from specdec.kernels import philox_native
+from specdec.kernels.philox import gumbel, keyed_gumbel_dense, keyed_words
 
 # a score that lies so far below what another one reaches needs noise that few tokens have
 _NEAR = 6.0
@@ -37,21 +32,30 @@ def keyed_argmax(scores: Tensor, seed: int, row: int, position: int) -> int:
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.float()
     raw = scores.detach().numpy()
+    if raw.dtype == np.float32 and philox_native.serves():
+        support, words = philox_native.candidates(
+            seed, row, position, raw, near=_NEAR, slack=_SLACK
+        )
+    else:
+        support, words = _candidates(seed, row, position, raw)
+    if len(support) == 1:
+        return int(support[0])
+    noise = gumbel(torch.from_numpy(words.astype(np.int64)))
+    return int(support[int(torch.argmax(scores[torch.from_numpy(support)].double() + noise))])
+
+
+def _candidates(
+    seed: int, row: int, position: int, raw: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Does what `philox_native.candidates` says, with numpy, and for float64 too."""
     top = int(raw.argmax())
     values = raw - raw[top]  # near the top exact, wherever the scores lie
-    within = values > -GUMBEL_RANGE
-    # id by id the words cost four times as much
-    if 4 * np.count_nonzero(within) <= len(values):
-        support = np.flatnonzero(within)
-        noise = keyed_gumbel(seed, row, position, torch.from_numpy(support))
-    else:
-        words = keyed_words(seed, row, position, len(values))
-        reached = float(gumbel(torch.tensor(int(words[top]))))
-        support = np.flatnonzero((values > reached - _NEAR) | (words <= _RARE))
-        bounds = np.exp(values[support].astype(np.float64) - reached) * (2.0**32 * _SLACK)
-        support = support[words[support] <= bounds]
-        noise = gumbel(torch.from_numpy(words[support].astype(np.int64)))
-    return int(support[int(torch.argmax(scores[torch.from_numpy(support)].double() + noise))])
+    words = keyed_words(seed, row, position, len(values))
+    reached = float(gumbel(torch.tensor(int(words[top]))))
+    support = np.flatnonzero((values > reached - _NEAR) | (words <= _RARE))
+    bounds = np.exp(values[support].astype(np.float64) - reached) * (2.0**32 * _SLACK)
+    support = support[words[support] <= bounds]
+    return support, words[support]
 
 
 def keyed_argmax_reference(scores: Tensor, seed: int, row: int, position: int) -> int:

@@ -2,7 +2,9 @@
  *
  * One counter (token / 4, position, row, nonce) serves four neighbouring tokens.
  */
+#include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 enum { ROUNDS = 10, LANES = 16 };
 
@@ -31,20 +33,27 @@ static void fill(uint32_t words[4][LANES], uint32_t position, uint32_t row, uint
     }
 }
 
+/* out [4 * LANES]: the words of the tokens from `begin` on, a multiple of 4. */
+static void block(uint64_t key, uint32_t position, uint32_t row, uint32_t nonce, int64_t begin,
+                  uint32_t *out) {
+    uint32_t words[4][LANES];
+    fill(words, position, row, nonce);
+    for (int i = 0; i < LANES; i++) words[0][i] = (uint32_t)(begin / 4 + i);
+    philox(words, key);
+    for (int i = 0; i < LANES; i++)
+        for (int lane = 0; lane < 4; lane++) out[4 * i + lane] = words[lane][i];
+}
+
 /* out [count]: the words of tokens 0 .. count - 1. */
 void philox_words(uint64_t key, uint32_t position, uint32_t row, uint32_t nonce, int64_t count,
                   uint32_t *out) {
-    for (int64_t begin = 0; begin < count; begin += 4 * LANES) {
-        uint32_t words[4][LANES];
-        fill(words, position, row, nonce);
-        for (int i = 0; i < LANES; i++) words[0][i] = (uint32_t)(begin / 4 + i);
-        philox(words, key);
-        if (count - begin >= 4 * LANES) {
-            for (int i = 0; i < LANES; i++)
-                for (int lane = 0; lane < 4; lane++) out[begin + 4 * i + lane] = words[lane][i];
-        } else {
-            for (int64_t i = 0; i < count - begin; i++) out[begin + i] = words[i % 4][i / 4];
-        }
+    int64_t begin = 0;
+    for (; count - begin >= 4 * LANES; begin += 4 * LANES)
+        block(key, position, row, nonce, begin, out + begin);
+    if (begin < count) {
+        uint32_t last[4 * LANES];
+        block(key, position, row, nonce, begin, last);
+        memcpy(out + begin, last, (count - begin) * sizeof *out);
     }
 }
 
@@ -59,4 +68,61 @@ void philox_words_at(uint64_t key, uint32_t position, uint32_t row, uint32_t non
         philox(words, key);
         for (int64_t i = 0; i < here; i++) out[begin + i] = words[tokens[begin + i] % 4][i];
     }
+}
+
+static float largest(const float *scores, int64_t count) {
+    float tops[4 * LANES], top = scores[0]; /* side by side, for the compiler to take together */
+    int64_t begin = 0;
+    for (int i = 0; i < 4 * LANES; i++) tops[i] = top;
+    for (; count - begin >= 4 * LANES; begin += 4 * LANES)
+        for (int i = 0; i < 4 * LANES; i++)
+            tops[i] = scores[begin + i] > tops[i] ? scores[begin + i] : tops[i];
+    for (int i = 0; i < 4 * LANES; i++) top = tops[i] > top ? tops[i] : top;
+    for (; begin < count; begin++) top = scores[begin] > top ? scores[begin] : top;
+    return top;
+}
+
+static double gumbel(uint32_t word) { return -log(-log1p(-(word + 0.5) * 0x1p-32)); }
+
+/* The places whose score plus noise may be the largest, in order, and their words; returns how many.
+ *
+ * Noise g = -log(-log(1 - u)) is at most -log u: a score that lies d below what another one reaches
+ * needs a word of at most 2**32 exp(-d). Words are made where a score lies less than `range` below
+ * the largest one, and weighed where it lies near what that one reaches or the word is rare.
+ */
+int64_t philox_candidates(uint64_t key, uint32_t position, uint32_t row, uint32_t nonce,
+                          const float *scores, int64_t count, float range, double near,
+                          double slack, int64_t *places, uint32_t *out) {
+    const float top = largest(scores, count);
+    int64_t first = 0, found = 0;
+    while (scores[first] != top) first++;
+    uint32_t best;
+    philox_words_at(key, position, row, nonce, &first, 1, &best);
+    const double reached = gumbel(best), whole = 0x1p32 * slack;
+    const float high = (float)(reached - near);
+    const uint32_t rare = (uint32_t)(whole * exp(-near));
+    for (int64_t begin = 0; begin < count; begin += 4 * LANES) {
+        float below[4 * LANES];
+        uint32_t words[4 * LANES];
+        const int here = count - begin < 4 * LANES ? (int)(count - begin) : 4 * LANES;
+        if (here < 4 * LANES)
+            for (int i = 0; i < 4 * LANES; i++) below[i] = -INFINITY;
+        if (here == 4 * LANES)
+            for (int i = 0; i < 4 * LANES; i++) below[i] = scores[begin + i] - top;
+        else
+            for (int i = 0; i < here; i++) below[i] = scores[begin + i] - top;
+        int within = 0, may = 0;
+        for (int i = 0; i < 4 * LANES; i++) within |= below[i] > -range;
+        if (!within) continue;
+        block(key, position, row, nonce, begin, words);
+        for (int i = 0; i < 4 * LANES; i++) may |= (below[i] > high) | (words[i] <= rare);
+        if (!may) continue;
+        for (int i = 0; i < here; i++)
+            if ((below[i] > high || words[i] <= rare) &&
+                words[i] <= exp(below[i] - reached) * whole) {
+                places[found] = begin + i;
+                out[found++] = words[i];
+            }
+    }
+    return found;
 }

@@ -17,8 +17,6 @@ from specdec.kernels import philox_native
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-# from the noise of the smallest uniform, 2**-33, to that of the largest, rounded up
-GUMBEL_RANGE = 22.874 + 3.131
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Tensor, ...]:

@@ -10,6 +10,8 @@ import numpy as np
 
 from specdec.kernels.native import library, why_not
 
+# from the noise of the smallest uniform, 2**-33, to that of the largest, rounded up
+GUMBEL_RANGE = 22.874 + 3.131
 _SOURCE = Path(__file__).with_name("philox.c")
 
 
@@ -40,6 +42,29 @@ def words_at(seed: int, row: int, position: int, tokens: np.ndarray, nonce: int)
     return made
 
 
+def candidates(
+    seed: int, row: int, position: int, scores: np.ndarray, *, near: float, slack: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the places ``[c]`` of scores that may be the largest with their noise, and its words.
+
+    Args:
+        seed: as `specdec.kernels.philox.keyed_gumbel` takes it; so are the next two.
+        row: number of the row.
+        position: absolute position of the token.
+        scores: ``[V]`` float32, the largest one finite.
+        near: how far below what another score reaches it takes a rare word to win.
+        slack: factor of a word's bound, for what float32 rounds.
+    """
+    scores = np.ascontiguousarray(scores)
+    places = np.empty(len(scores), dtype=np.int64)
+    made = np.empty(len(scores), dtype=np.uint32)
+    count = _library().philox_candidates(
+        *(seed, position, row, 0, scores.ctypes.data, len(scores), GUMBEL_RANGE, near, slack),
+        *(places.ctypes.data, made.ctypes.data),
+    )
+    return places[:count], made[:count]
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     own = library(_SOURCE)
@@ -47,4 +72,8 @@ def _library() -> ctypes.CDLL:
     own.philox_words.argtypes = [key, word, word, word, size, pointer]
     own.philox_words_at.argtypes = [key, word, word, word, pointer, size, pointer]
     own.philox_words.restype = own.philox_words_at.restype = None
+    real = ctypes.c_double
+    own.philox_candidates.argtypes = [key, word, word, word, pointer, size, ctypes.c_float]
+    own.philox_candidates.argtypes += [real, real, pointer, pointer]
+    own.philox_candidates.restype = size
     return own

@@ -142,7 +142,8 @@ class ProcessedLaw:
             if self._processors and self._ends.isdisjoint(path):
                 ids = self._ids(path)
                 begin = time.perf_counter()
-                scores = self._processors(ids, scores)  # type: ignore[arg-type]
+                for processor in self._processors:  # the list's own call inspects signatures
+                    scores = processor(ids, scores)
                 self.processor_seconds += time.perf_counter() - begin
             self._check(float(scores.max()), node)  # NaN anywhere gives NaN
             self._scores[path] = scores.squeeze(0)

@@ -1,15 +1,15 @@
-"""The nucleus without argsort keeps the very tokens that transformers' keeps."""
+"""The cheaper truncations keep the very tokens that transformers' keep."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from specdec.nucleus import SortedTopPLogitsWarper, without_argsort
 from specdec.row_copies import row_copies
 from specdec.sampling import warp_logits
+from specdec.warpers import NativeTopKLogitsWarper, SortedTopPLogitsWarper, cheaper
 
 IDS = torch.zeros(1, 1, dtype=torch.int64)
 
@@ -34,25 +34,19 @@ def logits(kind: str, seed: int) -> Tensor:
     return made
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "plain",
-        "with ties",
-        "truncated",
-        "NaN",
-        "infinite",
-        "one of them",
-        "all equal",
-        "zeros of both signs",
-    ],
-)
-@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.99, 1.0])
-@pytest.mark.parametrize("kept", [1, 3, 700, 900])
-def test_it_is_transformers_nucleus_bit_for_bit(kind: str, top_p: float, kept: int) -> None:
-    theirs = TopPLogitsWarper(top_p, filter_value=-1e4, min_tokens_to_keep=kept)
-    ours = without_argsort(theirs)
-    assert type(ours) is SortedTopPLogitsWarper
+KINDS = [
+    "plain",
+    "with ties",
+    "truncated",
+    "NaN",
+    "infinite",
+    "one of them",
+    "all equal",
+    "zeros of both signs",
+]
+
+
+def assert_same_bits(theirs: LogitsProcessor, ours: LogitsProcessor, kind: str) -> None:
     for seed in range(6):
         scores = logits(kind, seed)
         before = scores.clone()
@@ -61,13 +55,35 @@ def test_it_is_transformers_nucleus_bit_for_bit(kind: str, top_p: float, kept: i
         assert torch.equal(scores.view(torch.int32), before.view(torch.int32))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_k", [1, 3, 50, 64, 65, 700, 900])
+def test_it_is_transformers_top_k_bit_for_bit(kind: str, top_k: int) -> None:
+    for kept in (1, 5):
+        theirs = TopKLogitsWarper(top_k, filter_value=-1e4, min_tokens_to_keep=kept)
+        ours = cheaper(theirs)
+        assert type(ours) is NativeTopKLogitsWarper
+        assert_same_bits(theirs, ours, kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("top_p", [0.0, 0.1, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize("kept", [1, 3, 700, 900])
+def test_it_is_transformers_nucleus_bit_for_bit(kind: str, top_p: float, kept: int) -> None:
+    theirs = TopPLogitsWarper(top_p, filter_value=-1e4, min_tokens_to_keep=kept)
+    ours = cheaper(theirs)
+    assert type(ours) is SortedTopPLogitsWarper
+    assert_same_bits(theirs, ours, kind)
+
+
 @pytest.mark.parametrize("vocab_size", [49152, 262144])
 def test_it_is_theirs_over_a_vocabulary(vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = 4.0 * torch.randn(4, vocab_size, generator=generator)
     for top_p in (0.3, 0.9, 0.999):
         theirs = TopPLogitsWarper(top_p)
-        assert torch.equal(theirs(IDS, scores), without_argsort(theirs)(IDS, scores))
+        assert torch.equal(theirs(IDS, scores), cheaper(theirs)(IDS, scores))
+    theirs = TopKLogitsWarper(50)
+    assert torch.equal(theirs(IDS, scores), cheaper(theirs)(IDS, scores))
 
 
 class OneMore(SortedTopPLogitsWarper):
@@ -90,7 +106,8 @@ def test_equal_logits_at_the_border_fall_as_theirs_do() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_go_the_way_of_transformers(dtype: torch.dtype) -> None:
     scores = logits("plain", 1).to(dtype)
-    assert torch.equal(TopPLogitsWarper(0.8)(IDS, scores), SortedTopPLogitsWarper(0.8)(IDS, scores))
+    for theirs in (TopPLogitsWarper(0.8), TopKLogitsWarper(9)):
+        assert torch.equal(theirs(IDS, scores), cheaper(theirs)(IDS, scores))
 
 
 def test_rows_get_it_and_drafters_see_it() -> None:
@@ -100,7 +117,7 @@ def test_rows_get_it_and_drafters_see_it() -> None:
     given = [TopKLogitsWarper(50), TopPLogitsWarper(0.7), Own(0.7)]
     for num_rows in (1, 2):
         kinds = [type(part) for part in row_copies(given, 0, num_rows, 0)]
-        assert kinds == [TopKLogitsWarper, SortedTopPLogitsWarper, Own]
+        assert kinds == [NativeTopKLogitsWarper, SortedTopPLogitsWarper, Own]
     scores = logits("plain", 2)
     expected = warp_logits(LogitsProcessorList(given), scores)
     own = LogitsProcessorList(row_copies(given, 0, 1, 0))
