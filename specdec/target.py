@@ -14,6 +14,7 @@ from specdec.backend.captured import CapturedPasses, bucket
 from specdec.backend.features import FeatureTap
 from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
 from specdec.backend.pads import PadGroups
+from specdec.kernels.block_linear import MOST_ROWS
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.kernels.tree_mask import ancestor_matrix
 from specdec.prefill import groups, slack_of, sources_of
@@ -24,6 +25,9 @@ from specdec.types import DrafterNeeds, PromptRows, TopTokens
 # of the rows of a pass together: bounds the logits when a drafter wants every prompt position, and
 # the masks of rows that go on from an earlier turn
 _CHUNK_TOKENS = 512
+# of a prompt, up to which direct passes (`specdec.backend.direct_pass`) are the faster way: behind
+# more tokens their attention takes longer than torch's
+_DIRECT_TOKENS = 256
 
 
 class Scores(NamedTuple):
@@ -123,7 +127,9 @@ class TargetModel:
         top_k = self._prompt_top_k
         # rows that begin need no mask of ours; padding behind a row's end is never looked at
         fresh = max(self.cache.lengths) == 0
+        direct = self._goes_directly(max(self.cache.lengths) + width, len(prompts))
         chunk = width if fresh and top_k == 0 else max(_CHUNK_TOKENS // len(prompts), 1)
+        chunk = MOST_ROWS // len(prompts) if direct else chunk
         for begin in range(0, width, chunk):
             end = min(begin + chunk, width)
             pieces = [prompt[begin:end] for prompt in prompts]
@@ -131,7 +137,7 @@ class TargetModel:
             # padding shares the last position: a longer one may change a model's frequencies
             depths = [[min(i, max(len(piece) - 1, 0)) for i in range(size)] for piece in pieces]
             positions = torch.tensor(self.cache.lengths).unsqueeze(1) + torch.tensor(depths)
-            plain = fresh and begin == 0
+            plain = fresh and begin == 0 and not direct
             ancestors = None if plain else causal_ancestors(len(prompts), size)
             ends = [len(prompt) - 1 - begin for prompt in prompts]
             wanted = sorted({e for e in ends if 0 <= e < size} or {0})
@@ -146,6 +152,12 @@ class TargetModel:
                     seen[row].append(_prompt_rows(logits[row, : len(piece)], top_k, own))
             self.cache.advance([len(piece) for piece in pieces])
         return last, [_joined(chunks) if chunks else None for chunks in seen]
+
+    def _goes_directly(self, length: int, num_rows: int) -> bool:
+        """Returns whether prompts of such a length run in parts past the model's own code."""
+        looked_at = self._tap is not None or self._pads is not None
+        served = self._backend.direct is not None and not looked_at
+        return served and length <= _DIRECT_TOKENS and num_rows <= MOST_ROWS
 
     def score(self, trees: Sequence[DraftTree], *, probes: bool = True) -> Scores:
         """Returns the logits and features of one tree for each active row, from one pass.

@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from specdec import SpeculativeGenerator
+from specdec import SpeculativeGenerator, target
 from specdec.backend import packed
 from specdec.backend.direct_pass import DirectPass
 from specdec.backend.model import TreeModel
@@ -66,9 +66,14 @@ def one_token(backend: TreeModel) -> Tensor:
 @pytest.mark.parametrize("drafter", [None, "token_recycling"])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_logits_are_those_of_the_models_own_code(
-    family: str, drafter: str | None, sampled: bool, runs: list[tuple[int, ...]]
+    family: str,
+    drafter: str | None,
+    sampled: bool,
+    runs: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Same layers, same bits, in a ragged batch that runs far past the windows."""
+    monkeypatch.setattr(target, "_DIRECT_TOKENS", 0)  # prompts run in other orders of sums
     arguments: dict[str, Any] = {
         **tiny.padded([tiny.prompt(n, seed=n) for n in (5, 23, 12)]),
         "max_new_tokens": 24,
@@ -247,3 +252,33 @@ def test_closing_gives_its_memory_back() -> None:
     generator.close()
     assert generator._backend.direct is None
     assert generator.packed_weights is None
+
+
+@pytest.mark.parametrize("length", [40, 130, 256])
+def test_prompts_run_in_parts(length: int, runs: list[tuple[int, ...]]) -> None:
+    """A short prompt goes past the model's code too, in passes of as many rows as these take."""
+    model = tiny.make_model("llama", **WIDE, max_position_embeddings=1024)
+    arguments: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "pad_token_id": 0,
+    }
+    prompts = tiny.padded([tiny.prompt(length, seed=n) for n in (1, 2)])
+    expected = model.generate(**prompts, **arguments)
+    generator = SpeculativeGenerator(model, drafter="suffix", packed_weights="blocks")
+    runs.clear()
+    got = generator.generate(**prompts, **arguments)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    parts = [shape for shape in runs if shape[1] > 16]
+    assert sum(nodes for _, nodes in parts) in range(length - 16, length + 1)
+
+
+def test_long_prompts_run_whole(runs: list[tuple[int, ...]]) -> None:
+    model = tiny.make_model("llama", **WIDE, max_position_embeddings=1024)
+    generator = SpeculativeGenerator(model, drafter=None, packed_weights="blocks")
+    runs.clear()
+    generator.generate(tiny.ids(tiny.prompt(257)), max_new_tokens=3, do_sample=False)
+    assert {nodes for _, nodes in runs} == {1}
