@@ -159,3 +159,15 @@ def test_a_batch_holds_different_prompts_while_there_are_any(size: int) -> None:
     assert [own[0] for own in rows] == [1, 2, 9]
     assert all(len(set(own)) == size for own in rows)
     assert [set(own[:2]) for own in rows] == [{1, 2}, {2, 3}, {9, 8}]
+
+
+def test_contexts_are_as_long_as_asked_for_and_repeat_nothing_while_they_can() -> None:
+    texts = [("a", torch.arange(0, 30)), ("b", torch.arange(30, 60))]
+    rest = [("a", torch.arange(60, 100))]
+    arguments = Namespace(contexts=[20, 100, 250], batch_sizes=[1])
+    found = {title: inputs for title, inputs, _ in settings(arguments, texts, rest, pad=0)}
+    for length in arguments.contexts:
+        pieces = [inputs["input_ids"] for _, inputs in found[f"context {length}"]]
+        assert [piece.shape for piece in pieces] == [(1, length)] * 2
+        assert [int(piece[0, 0]) for piece in pieces] == [0, 50]
+        assert all(len(piece.unique()) == min(length, 100) for piece in pieces)

@@ -13,6 +13,7 @@ at drafters, one row a call.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[1],
         help="rows a call, different prompts of a category (1)",
     )
-    sizes.add_argument("--contexts", type=positive, nargs="+", help="cut or fill prompts to tokens")
+    sizes.add_argument("--contexts", type=positive, nargs="+", help="cut prompts of so many tokens")
     add_model(parser)
     parser.add_argument("--out", type=Path, default=Path("generation.json"))
     parser.add_argument("--plot", type=Path, help="SVG or PNG of the speed-ups (matplotlib)")
@@ -69,6 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     from functools import partial
 
     from tqdm import tqdm
+    from transformers.utils import logging
 
     from specdec.bench.compare import measure_methods
     from specdec.bench.decoding import decoding_arguments, pad_token_id
@@ -86,11 +88,18 @@ def run(arguments: argparse.Namespace) -> None:
     model, tokenizer = load(arguments.model)
     assistant = load(arguments.assistant)[0] if arguments.assistant else None
     texts = [(prompt.category or "prompts", encode(tokenizer, prompt)[0]) for prompt in prompts]
-    # a batch has more rows than prompts were asked for: the others of the file join in
-    others = [p for p in given if p not in prompts] if max(arguments.batch_sizes) > 1 else []
+    # a batch has more rows than prompts were asked for, and a context more tokens: the others of
+    # the file join in
+    wanted = max(arguments.batch_sizes) > 1 or arguments.contexts
+    others = [p for p in given if p not in prompts] if wanted else []
     rest = [(prompt.category or "prompts", encode(tokenizer, prompt)[0]) for prompt in others]
     pad = pad_token_id(tokenizer)
     calls = decoding_arguments(arguments.max_new_tokens, arguments.temperature, arguments.top_p)
+    if arguments.contexts:
+        # a piece of text may well end at once, which would time its prompt alone; transformers
+        # warns, in every call, that with such an id texts run to their full length
+        calls["eos_token_id"] = -1
+        logging.set_verbosity_error()
     console = wide_console()
     report: dict[str, Any] = {
         "command": arguments.invocation,
@@ -148,19 +157,19 @@ def settings(
     """Yields a title, the inputs, and whether calls have one row.
 
     There is a batch for each of the `texts`, with it first. Other prompts of its category follow,
-    then those of other categories: none comes twice while there are others.
+    then those of other categories: none comes twice while there are others. There are as many
+    contexts, cut from all texts one behind the other.
     """
     import torch
 
     from specdec.bench.decoding import padded
 
     if arguments.contexts:
-        joined = torch.cat([ids for _, ids in texts])
+        joined = torch.cat([ids for _, ids in (*texts, *rest)])
         for length in arguments.contexts:
-            pieces = [
-                torch.cat([joined[start:], joined])[:length]
-                for start in range(0, len(joined), max(1, len(joined) // len(texts)))
-            ]
+            whole = joined.repeat(1 + math.ceil(length / len(joined)))
+            starts = [len(joined) * place // len(texts) for place in range(len(texts))]
+            pieces = [whole[start : start + length] for start in starts]
             yield f"context {length}", [("text", {"input_ids": p[None]}) for p in pieces], True
         return
     for size in arguments.batch_sizes:
