@@ -40,6 +40,8 @@ def keyed_argmax(scores: Tensor, seed: int, row: int, position: int) -> int:
         support, words = _candidates(seed, row, position, raw)
     if len(support) == 1:
         return int(support[0])
+    if len(support) == 0:  # the largest is not finite
+        return keyed_argmax_reference(scores, seed, row, position)
     noise = gumbel(torch.from_numpy(words.astype(np.int64)))
     return int(support[int(torch.argmax(scores[torch.from_numpy(support)].double() + noise))])
 

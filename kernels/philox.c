@@ -95,7 +95,8 @@ int64_t philox_candidates(uint64_t key, uint32_t position, uint32_t row, uint32_
                           double slack, int64_t *places, uint32_t *out) {
     const float top = largest(scores, count);
     int64_t first = 0, found = 0;
-    while (scores[first] != top) first++;
+    while (first < count && scores[first] != top) first++;
+    if (first == count) return 0; /* not a number */
     uint32_t best;
     philox_words_at(key, position, row, nonce, &first, 1, &best);
     const double reached = gumbel(best), whole = 0x1p32 * slack;
@@ -105,12 +106,8 @@ int64_t philox_candidates(uint64_t key, uint32_t position, uint32_t row, uint32_
         float below[4 * LANES];
         uint32_t words[4 * LANES];
         const int here = count - begin < 4 * LANES ? (int)(count - begin) : 4 * LANES;
-        if (here < 4 * LANES)
-            for (int i = 0; i < 4 * LANES; i++) below[i] = -INFINITY;
-        if (here == 4 * LANES)
-            for (int i = 0; i < 4 * LANES; i++) below[i] = scores[begin + i] - top;
-        else
-            for (int i = 0; i < here; i++) below[i] = scores[begin + i] - top;
+        for (int i = 0; i < here; i++) below[i] = scores[begin + i] - top;
+        for (int i = here; i < 4 * LANES; i++) below[i] = -INFINITY;
         int within = 0, may = 0;
         for (int i = 0; i < 4 * LANES; i++) within |= below[i] > -range;
         if (!within) continue;

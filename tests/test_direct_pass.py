@@ -157,6 +157,35 @@ def test_hooks_see_what_they_saw(name: str, runs: list[tuple[int, ...]]) -> None
     assert runs
 
 
+def test_hooks_on_all_modules_see_what_they_saw(runs: list[tuple[int, ...]]) -> None:
+    backend = backend_of()
+    seen: set[str] = set()
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.add(type(module).__name__)
+    )
+    runs.clear()
+    try:
+        one_token(backend)
+    finally:
+        hook.remove()
+    assert not runs
+    assert {"LlamaModel", "LlamaDecoderLayer", "LlamaMLP", "Linear", "Embedding"} <= seen
+
+
+def test_parts_that_want_to_be_told_more_go_their_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    own = LlamaRotaryEmbedding.forward
+
+    def forward(self: Any, x: Tensor, *, position_ids: Tensor) -> Any:
+        return own(self, x, position_ids)
+
+    monkeypatch.setattr(LlamaRotaryEmbedding, "forward", forward)
+    backend = backend_of()
+    assert backend.direct is None
+    assert torch.isfinite(one_token(backend)).all()
+
+
 @pytest.mark.parametrize(
     "name", ["model", "model.embed_tokens", "model.layers.1", "model.rotary_emb", "model.norm"]
 )

@@ -204,6 +204,25 @@ def test_the_choice_among_float16_scores() -> None:
         assert keyed_argmax(scores, 5, 1, position) == expected
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, -torch.inf])
+@pytest.mark.parametrize("places", [[0], [70], [3, 64]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_are_not_finite_do_no_harm(
+    value: float, places: list[int], dtype: torch.dtype
+) -> None:
+    """The caller has looked for NaN; whatever is chosen then, nothing is read past the end."""
+    scores = torch.randn(150, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    scores[places] = value
+    for position in range(10):
+        chosen = keyed_argmax(scores, 5, 1, position)
+        assert 0 <= chosen < 150
+        if not scores.isnan().any():
+            assert chosen == keyed_argmax_reference(scores, 5, 1, position)
+    scores[:] = torch.nan
+    assert 0 <= keyed_argmax(scores, 5, 1, 3) < 150
+
+
 def test_gumbel_argmax_follows_softmax() -> None:
     scores = torch.tensor([0.3, -torch.inf, 1.2, -0.5], dtype=torch.float64)
     source = SeededRandom(11, 0, 1)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 
 class AsFound:
@@ -17,7 +18,7 @@ class AsFound:
 
     def __init__(self) -> None:
         self._training: list[nn.Module] = []
-        self._hooks: list[Any] = []
+        self._hooks: list[Any] = [_global_forward_hooks, _global_forward_pre_hooks]
         self._own_hooks: list[Any] = []  # of whole layers, which see what they saw
         self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         self._containers: list[dict[str, Any]] = []
@@ -35,7 +36,7 @@ class AsFound:
         parents = (layer, layer.self_attn, layer.mlp)
         inner = [module for module in layer.modules() if module is not layer]
         made._training = [layer]
-        made._hooks = [hooks for m in inner for hooks in _hooks_of(m)]
+        made._hooks += [hooks for m in inner for hooks in _hooks_of(m)]
         made._own_hooks = [*_hooks_of(layer)]
         made._places = _places(parents)  # an adapter puts modules in their places
         made._containers = [parent.__dict__ for parent in parents[1:]]
@@ -47,7 +48,7 @@ class AsFound:
         """Returns what single modules are like, what they contain apart."""
         made = cls()
         made._training = list(modules)
-        made._hooks = [hooks for module in modules for hooks in _hooks_of(module)]
+        made._hooks += [hooks for module in modules for hooks in _hooks_of(module)]
         made._places = _places(modules)
         made._containers = [module.__dict__ for module in modules]
         return made

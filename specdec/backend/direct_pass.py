@@ -99,7 +99,7 @@ def direct_pass(backend: TreeModel, packed: PackedLinears) -> DirectPass | None:
     token must then be the very bits that the model's own code gives with the same layers.
 
     Args:
-        backend: the probed model.
+        backend: the probed model, without a direct pass.
         packed: of it, or of a model that it is a part of.
     """
     model: Any = backend.model
@@ -117,11 +117,15 @@ def direct_pass(backend: TreeModel, packed: PackedLinears) -> DirectPass | None:
         direct = DirectPass(model, layers, packed, windowed=windowed)
     except ValueError:
         return None
-    results = []
-    for backend.direct in (None, direct):
-        results.append(_trial(backend))
-    backend.direct = None
-    return direct if all(map(torch.equal, *results)) else None
+    expected = _trial(backend)
+    backend.direct = direct
+    try:
+        got = _trial(backend)
+    except (TypeError, ValueError, RuntimeError, AttributeError):
+        return None  # its parts want to be told more
+    finally:
+        backend.direct = None
+    return direct if all(map(torch.equal, expected, got)) else None
 
 
 @torch.inference_mode(False)

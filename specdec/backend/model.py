@@ -75,6 +75,7 @@ class TreeModel:
             self.packed.refresh()
             if self._fused is not self.packed.fused:
                 self._fused = self.packed.fused
+                self.direct = None  # of other weights
                 self.direct = direct_pass(self, self.packed)
 
     def unpack(self) -> None:
