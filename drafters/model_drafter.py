@@ -77,7 +77,9 @@ class ModelDrafter(BaseDrafter, ABC):
             for handle in new.get(row, []):
                 law = self._laws[row]
                 path = law.places_to(handle, pending + len(handles[-1]))
-                if not self._in_reach(self._cache.lengths[place] + len(path)):
+                reached = self._in_reach(self._cache.lengths[place] + len(path))
+                # other sources of a hybrid guess what this model cannot read, and go on behind it
+                if not reached or law.is_behind_unread(handle) or not self._reads(law, handle):
                     self._know_nothing(law, handle)
                     continue
                 law.places[handle] = path[-1]
@@ -128,6 +130,10 @@ class ModelDrafter(BaseDrafter, ABC):
         limit = self._backend.traits.positions
         return limit is None or count <= limit.num_positions
 
+    def _reads(self, law: ModelLaw, handle: int) -> bool:
+        """Returns whether the model's vocabulary has the token at a handle."""
+        return self._vocabulary.has(law.tokens[handle])
+
     def _know(self, law: ModelLaw, handles: Sequence[int], logits: Tensor) -> None:
         """Gives the law its rows at some handles, over the target's vocabulary."""
         scores = self._vocabulary.scores(logits)
@@ -136,7 +142,8 @@ class ModelDrafter(BaseDrafter, ABC):
         law.known.update(zip(handles, torch.log_softmax(scores, dim=-1), strict=True))
 
     def _know_nothing(self, law: ModelLaw, handle: int) -> None:
-        """Gives the law a row at a handle that names no token."""
+        """Gives the law a row that names no token at a handle that the model is not run at."""
+        law.unread.add(handle)
         size = self._vocabulary.target_size
         law.known[handle] = torch.full((size,), -torch.inf, device=self._backend.device)
 
@@ -154,6 +161,7 @@ class ModelLaw:
         self._parents = [-1]
         self.known: dict[int, Tensor] = {}  # rows already computed
         self.places: dict[int, int] = {}  # pending node of each handle that was run
+        self.unread: set[int] = set()  # handles that were not
 
     def text(self, start: int = 0) -> Sequence[int]:
         """Returns the row's tokens from `start` to the root, as they were when it was asked for."""
@@ -168,6 +176,10 @@ class ModelLaw:
     def rows(self, handles: Sequence[int]) -> LawRows:
         """Returns the rows at handles that have been computed."""
         return LawRows(torch.stack([self.known[handle] for handle in handles]))
+
+    def is_behind_unread(self, handle: int) -> bool:
+        """Returns whether the model was not run at the node above a handle."""
+        return self._parents[handle] in self.unread
 
     def places_to(self, handle: int, place: int) -> list[int]:
         """Returns the pending nodes from the root (if it is one) down to `handle`, at `place`."""

@@ -51,6 +51,10 @@ class SharedVocabulary:
         """Returns how many of the tokens read so far stay, and what is to be read behind them."""
         return len(read), [self.draft_token(token) for token in text(len(read))]
 
+    def has(self, token: int) -> bool:
+        """Returns whether a target token can be read."""
+        return True
+
     def draft_token(self, token: int) -> int:
         """Returns the draft model's id of a target token."""
         # a target may emit one of its padding; where the draft model has none, it reads another
@@ -183,6 +187,10 @@ class VocabularyBridge:
             self._settle(state, window, tail)
         kept = min(kept, max(len(tokens) - 1, 0))
         return kept, tokens[kept:] if whole else []
+
+    def has(self, token: int) -> bool:
+        """Returns whether both vocabularies have a target token."""
+        return token in self._pairs
 
     def draft_token(self, token: int) -> int:
         """Returns the draft model's id of a target token that both have."""

@@ -21,14 +21,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from specdec import SpeculativeGenerator
-from specdec.drafters import SmallModel
+from specdec.drafters import Hybrid, SmallModel
+from specdec.drafters.base import BaseDrafter
+from specdec.drafters.listed_law import ListedLaw
 from specdec.drafters.vocabulary_bridge import VocabularyBridge, surfaces
 from specdec.errors import ConfigError, TreeError
 from specdec.testing.drafters import DrafterDraft
 from specdec.testing.toys import ToyLoop, ToyTarget
 from specdec.trees import BestFirst, Chain, Static
 from specdec.trees.build import TreeBuilder
-from specdec.types import Budget, Draw, TargetInfo, TreePolicy, Verifier
+from specdec.types import (
+    Budget,
+    DraftContext,
+    DraftLaw,
+    Draw,
+    Guesses,
+    TargetInfo,
+    TreePolicy,
+    Verifier,
+)
 from specdec.verifiers import Block, Match, Rejection, Traversal
 from tests.mutants import stated_as_it_is
 
@@ -312,6 +323,68 @@ def test_the_text_is_the_targets_own(
     given = {**batch, **sampled, "max_new_tokens": NEW}
     assert torch.equal(generator.generate(**given), plain.generate(**given))
     assert generator.stats.totals.num_emitted == 3 * (NEW - 1)
+
+
+class Anything(BaseDrafter):
+    """Guesses the same tokens at every node, some of which the other vocabulary may not have."""
+
+    name = "anything"
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._guesses = Guesses(list(tokens), [0.9 / len(tokens)] * len(tokens))
+
+    def law(self, context: DraftContext) -> DraftLaw:
+        guesses = self._guesses
+
+        class Same(ListedLaw):
+            handles = 1
+
+            def extend(self, parent: int, token: int) -> int:
+                self.handles += 1
+                return self.handles - 1
+
+            def guesses(self, handle: int) -> Guesses:
+                return guesses
+
+            def bound(self, handle: int) -> float:
+                return 1.0
+
+        return Same()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_hybrid_goes_on_behind_tokens_that_the_draft_model_cannot_read(
+    pairs: dict[str, Any], name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other sources guess them; the model is not asked there, nor behind them."""
+    own, theirs = pairs[name]
+    target = tiny.make_model("llama", vocab_size=len(theirs), seed=1)
+    small = SmallModel(tiny.make_model("gpt2", vocab_size=len(own), seed=2), own)
+    small.attach(TargetInfo(len(theirs), tokenizer=theirs))
+    strange = [token for token in range(len(theirs)) if not small._vocabulary.has(token)]
+    readable = next(token for token in range(len(theirs)) if small._vocabulary.has(token))
+    assert strange
+    unread: list[int] = []
+    know_nothing = SmallModel._know_nothing
+
+    def noted(self: SmallModel, law: Any, handle: int) -> None:
+        unread.append(handle)
+        know_nothing(self, law, handle)
+
+    monkeypatch.setattr(SmallModel, "_know_nothing", noted)
+    generator = SpeculativeGenerator(
+        target,
+        theirs,
+        drafter=Hybrid([Anything([strange[0], readable]), small]),
+        node_budget=12,
+    )
+    plain = SpeculativeGenerator(target, theirs, drafter=None)
+    arguments = {"max_new_tokens": NEW, "do_sample": sampled, "seed": 3}
+    prompt = torch.tensor([theirs.encode("the dog sleeps", add_special_tokens=False)])
+    expected = plain.generate(prompt, **arguments)
+    assert torch.equal(generator.generate(prompt, **arguments), expected)
+    assert len(unread) > NEW / 2
 
 
 def test_drafts_are_accepted_where_models_agree(pairs: dict[str, Any]) -> None:
