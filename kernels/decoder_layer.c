@@ -1,6 +1,7 @@
 /* Decoder layers of the Llama kind over a few rows, their caches included.
  *
- * All threads stay in one parallel region a layer; each step shares its work out and waits for the others.
+ * All threads stay in one parallel region a layer; each step shares its work out and waits for the
+ * others.
  * Sums run in the order of inputs and of slots, and a slot that is masked adds zero. So what comes
  * out of a node is the same bits whatever other nodes there are, in its row or in others.
  */

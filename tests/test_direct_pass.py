@@ -16,6 +16,7 @@ from specdec.backend import packed
 from specdec.backend.direct_pass import DirectPass
 from specdec.backend.model import TreeModel
 from specdec.backend.probe import probed
+from specdec.drafters import EarlyExit
 from specdec.kernels.decoder_layer import why_not_native
 
 pytestmark = pytest.mark.skipif(
@@ -272,6 +273,36 @@ def test_weights_written_to_count_from_the_next_call_on(runs: list[tuple[int, ..
     assert torch.equal(generator.generate(prompt, **arguments), expected)
     assert runs
     assert not torch.equal(expected, before)
+
+
+def test_a_models_first_layers_go_directly_too(runs: list[tuple[int, ...]]) -> None:
+    """`early_exit` drafts by a cut model that shares layers, packed weights and the cache."""
+    model = tiny.make_model("llama", **WIDE, num_hidden_layers=3)
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    prompt = tiny.ids(tiny.prompt(8))
+    expected = SpeculativeGenerator(model, drafter=None, packed_weights=None).generate(
+        prompt, **arguments
+    )
+    generator = SpeculativeGenerator(
+        model, drafter=EarlyExit(2), node_budget=5, packed_weights="blocks"
+    )
+    own = generator.drafter._backend.direct
+    assert own is not None
+    assert len(own._layers.layers) == 2
+    runs.clear()
+    assert torch.equal(generator.generate(prompt, **arguments), expected)
+    # the prompt, and in a step the target's pass, the root's and two levels at least
+    assert len(runs) > 2 * generator.stats.target_calls
+
+
+def test_what_could_not_be_tried_out_is_not_used(runs: list[tuple[int, ...]]) -> None:
+    model = tiny.make_model("llama", **WIDE)
+    hook = model.model.norm.register_forward_hook(lambda *_: None)
+    backend = probed(model, "blocks")
+    assert backend.direct is None
+    hook.remove()
+    one_token(backend)
+    assert not runs
 
 
 def test_closing_gives_its_memory_back() -> None:

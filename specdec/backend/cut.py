@@ -70,7 +70,9 @@ def _with_layers(model: Any, layers: Sequence[int], modules: Sequence[nn.Module]
         module.config = cut.config
         setattr(parent, name, module)
         parent = module
-    setattr(parent, path[-1], nn.ModuleList(modules))
+    stack = nn.ModuleList(modules)
+    stack.training = model.training
+    setattr(parent, path[-1], stack)
     return cut
 
 

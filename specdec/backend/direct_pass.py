@@ -39,27 +39,26 @@ class DirectPass:
         windowed: whether tokens see only so far behind them, which a mask has to tell.
 
     Raises:
-        ValueError: if the layers are not of one shape, or read other settings than the model.
+        ValueError: if the layers are not of one shape, or do not share their settings.
     """
 
     def __init__(
         self, model: Any, layers: Sequence[FusedLayer], packed: PackedLinears, *, windowed: bool
     ) -> None:
         body = model.model
-        if any(layer.config is not body.config for layer in layers):
-            raise ValueError("the layers must share the settings of the model")
+        self._config = layers[0].config  # of the whole model, where this one is a part of it
+        if any(layer.config is not self._config for layer in layers):
+            raise ValueError("the layers must share their settings")
         self._layers = DecoderLayers([layer.parts for layer in layers])
         self._places = [layer.place for layer in layers]
-        self._config = body.config
         self._windowed = windowed
         self._embedding: nn.Embedding = body.embed_tokens
         self._angles = body.rotary_emb.forward
         self._norm = packed.forwards.get(body.norm, body.norm.forward)
         self._head = packed.forwards.get(model.lm_head, model.lm_head.forward)
-        around = [model, body, body.layers, *(getattr(body, name) for name in _OF_BODY)]
-        found = [layer.found for layer in layers]
-        own = AsFound.of([*around, model.lm_head, *(layer.layer for layer in layers)])
-        self._found = AsFound.joined([own, *found])
+        around = [model, body, model.lm_head, *(getattr(body, name) for name in _OF_BODY)]
+        own = AsFound.of([*around, *(layer.layer for layer in layers)])
+        self._found = AsFound.joined([own, *(layer.found for layer in layers)])
 
     def serves(self, tokens: Tensor, mask: Tensor | None) -> bool:
         """Returns whether it takes such a pass, and the model is as it was and not looked at."""
@@ -92,6 +91,8 @@ class DirectPass:
         return logits
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def direct_pass(backend: TreeModel, packed: PackedLinears) -> DirectPass | None:
     """Returns a model's direct pass if it consists of a Llama's parts and does nothing else.
 
@@ -117,6 +118,8 @@ def direct_pass(backend: TreeModel, packed: PackedLinears) -> DirectPass | None:
         direct = DirectPass(model, layers, packed, windowed=windowed)
     except ValueError:
         return None
+    if not direct.serves(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 1)):
+        return None  # somebody looks at a part: it could not be tried out
     expected = _trial(backend)
     backend.direct = direct
     try:
@@ -128,8 +131,6 @@ def direct_pass(backend: TreeModel, packed: PackedLinears) -> DirectPass | None:
     return direct if all(map(torch.equal, expected, got)) else None
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def _trial(backend: TreeModel) -> list[Tensor]:
     """Returns logits, keys and values of a prompt, a token behind it and a small tree."""
     nodes = len(_TRIAL_PARENTS)
