@@ -48,6 +48,14 @@ def _same_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator, "pass_cost", lambda backend: table)
 
 
+@pytest.fixture
+def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers are packed however small they are: those of tiny models too."""
+    from specdec.backend import packed
+
+    monkeypatch.setattr(packed, "_SMALLEST", 1)
+
+
 @pytest.fixture(scope="session")
 def kernel_device() -> torch.device:
     """Where kernels are tested: a GPU runs them natively, unless TRITON_INTERPRET is set."""

@@ -12,7 +12,6 @@ from tape import Tape
 from torch import Tensor, nn
 
 from specdec import SpeculativeGenerator
-from specdec.backend import packed
 from specdec.backend.cache_name import cache_in
 from specdec.backend.capture_check import HostReads, captured_passes
 from specdec.backend.model_state import foreign_hook, model_state
@@ -121,9 +120,9 @@ def test_a_recording_that_fails_is_a_reason() -> None:
     assert captured_passes(backend, "auto", Failing) is None
 
 
-def test_packed_weights_are_in_no_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("small_layers_count")
+def test_packed_weights_are_in_no_recording() -> None:
     """Their C code is no operation of torch's: repeated passes would leave it out."""
-    monkeypatch.setattr(packed, "_SMALLEST", 1)
     backend = probed(tiny.make_model("llama"), "onednn")
     with pytest.raises(UnsupportedModelError, match="runs from packed weights"):
         captured_passes(backend, True, Tape)

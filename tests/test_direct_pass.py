@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from specdec import SpeculativeGenerator, target
-from specdec.backend import packed
 from specdec.backend.direct_pass import DirectPass
 from specdec.backend.model import TreeModel
 from specdec.backend.probe import probed
 from specdec.drafters import EarlyExit
 from specdec.kernels.decoder_layer import why_not_native
 
-pytestmark = pytest.mark.skipif(
-    why_not_native() is not None, reason=f"no native code: {why_not_native()}"
-)
+pytestmark = [
+    pytest.mark.skipif(why_not_native() is not None, reason=f"no native code: {why_not_native()}"),
+    pytest.mark.usefixtures("small_layers_count"),
+]
 WIDE = {"head_dim": 32, "hidden_size": 128}
 SERVED = ["llama", "qwen2", "qwen3", "mistral", "qwen3_all_window"]
 
@@ -29,11 +29,6 @@ SERVED = ["llama", "qwen2", "qwen3", "mistral", "qwen3_all_window"]
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     yield from tiny.one_thread()
-
-
-@pytest.fixture(autouse=True)
-def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_SMALLEST", 1)
 
 
 @pytest.fixture

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from specdec import SpeculativeGenerator
-from specdec.backend import packed
 from specdec.backend.probe import probed
 from specdec.kernels.decoder_layer import DecoderLayers, why_not_native
 from specdec.kernels.layer_parts import LayerCall
 
-pytestmark = pytest.mark.skipif(
-    why_not_native() is not None, reason=f"no native code: {why_not_native()}"
-)
+pytestmark = [
+    pytest.mark.skipif(why_not_native() is not None, reason=f"no native code: {why_not_native()}"),
+    pytest.mark.usefixtures("small_layers_count"),
+]
 WIDE = {"head_dim": 32, "hidden_size": 128}
 SERVED = ["llama", "qwen2", "qwen3", "qwen3_window", "mistral"]
 
@@ -26,11 +26,6 @@ SERVED = ["llama", "qwen2", "qwen3", "qwen3_window", "mistral"]
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     yield from tiny.one_thread()
-
-
-@pytest.fixture(autouse=True)
-def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_SMALLEST", 1)
 
 
 @pytest.fixture

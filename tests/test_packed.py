@@ -16,10 +16,7 @@ from specdec.backend.linear_formats import FORMATS, pack_fp16
 from specdec.backend.packed import PackedLinears, packed_linears
 from specdec.errors import ConfigError
 
-
-@pytest.fixture(autouse=True)
-def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_SMALLEST", 1)
+pytestmark = pytest.mark.usefixtures("small_layers_count")
 
 
 @pytest.fixture(params=sorted(FORMATS))
