@@ -215,7 +215,7 @@ def test_the_law_of_the_text_is_the_targets(tmp_path: Path, case: Any) -> None:
     assert loop.error((3, 0), budgets) < EXACT
     laws = torch.stack(list(loop.draft.known.values())).exp()
     assert laws[:, 2].max() == 0.0
-    assert len({tuple(row.tolist()) for row in laws}) > 3  # and it does read the text
+    assert len({tuple(row.tolist()) for row in laws}) > len(laws) / 2  # and it does read the text
 
 
 class Unnormalised(Student):

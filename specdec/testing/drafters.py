@@ -30,6 +30,7 @@ class DrafterDraft:
         drafter.attach(target)
         drafter.start(0, prompt, None)
         self._drafter = drafter
+        self._prompt = prompt
         self.known: dict[tuple[Tokens, Tokens], Tensor] = {}
 
     def law(self, prefix: Tokens) -> DrafterDraftLaw:
@@ -39,6 +40,9 @@ class DrafterDraft:
     def row(self, prefix: Tokens, path: Tokens) -> Tensor:
         """Returns ``[V]`` float64 log-probabilities at the end of a path of draft nodes."""
         if (prefix, path) not in self.known:
+            # texts come in no order here; a drafter that has read one row's text wants it to grow
+            self._drafter.stop(0)
+            self._drafter.start(0, self._prompt, None)
             law, handle = self._drafter.law(DraftContext(0, prefix, remaining=9)), 0
             (rows,) = self._drafter.expand([(law, [0])])
             for token in path:
