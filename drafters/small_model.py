@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from specdec.backend.cut import with_head_rows
 from specdec.backend.probe import probed
 from specdec.drafters.text_reader import TextReader
 from specdec.drafters.vocabulary_bridge import SharedVocabulary, VocabularyBridge
 from specdec.errors import ConfigError
 from specdec.types import TargetInfo
+
+_FEW = 0.75  # share of a head's rows up to which a copy of those that are wanted is made
 
 
 class SmallModel(TextReader):
@@ -20,7 +25,8 @@ class SmallModel(TextReader):
     always right, as long as no other processor changes the target's law.
 
     With a tokenizer of its own the draft model reads the row's text in its own tokens, and guesses
-    those tokens that both vocabularies have: see `VocabularyBridge`.
+    those tokens that both vocabularies have: see `VocabularyBridge`. Where these are few of its
+    own, it runs with a copy of their rows of its head, as they were when it was attached.
 
     The draft model may have another dtype than the target, not another device. Behind the end of
     its learned positions, or of the lengths for which dynamic or long rope keeps its frequencies,
@@ -51,7 +57,8 @@ class SmallModel(TextReader):
             )
         self._tokenizer = tokenizer
         self._target_tokenizer = target_tokenizer
-        self._backend = probed(model)
+        self._model = model
+        self._backend = probed(model, packed_weights=None)  # packed when it is known what is run
         self.reset()
 
     def attach(self, target: TargetInfo) -> None:
@@ -68,6 +75,12 @@ class SmallModel(TextReader):
             )
         self._vocabulary = self._fitted(target)
         self._told_the_end = False
+        model = self._model
+        if isinstance(self._vocabulary, VocabularyBridge):
+            ids = self._vocabulary.own_ids
+            if len(ids) <= _FEW * self._backend.traits.vocab_size and _has_plain_head(model):
+                model = with_head_rows(model, ids)
+        self._backend = probed(model)
 
     def _fitted(self, target: TargetInfo) -> SharedVocabulary | VocabularyBridge:
         own_size = self._backend.traits.vocab_size
@@ -84,3 +97,15 @@ class SmallModel(TextReader):
         if self._tokenizer.get_vocab() == theirs.get_vocab():
             return SharedVocabulary(own_size, target.vocab_size)
         return VocabularyBridge(self._tokenizer, theirs, own_size, target.vocab_size)
+
+
+def _has_plain_head(model: Any) -> bool:
+    """Returns whether the logits are the head's, and the head is nothing but its weights."""
+    head = model.get_output_embeddings()
+    return (
+        type(head) is nn.Linear
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
+        and "forward" not in vars(head)
+        and "forward" not in vars(model)  # bound to the model itself, as accelerate does it
+    )

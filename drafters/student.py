@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from specdec.backend.cut import copied_layers
+from specdec.backend.cut import copied_layers, with_head_rows
 from specdec.backend.features import decoder_layers
 from specdec.backend.probe import probed
 from specdec.drafters.checkpoint import load_checkpoint, shipped
@@ -98,17 +98,7 @@ def student_model(model: Any, layers: Sequence[int], vocabulary: Tensor | None =
         UnsupportedModelError: if the target's layers are not found.
     """
     student = copied_layers(model, layers)
-    if vocabulary is not None:
-        head = model.get_output_embeddings()
-        rows = vocabulary.long().to(head.weight.device)
-        narrow = nn.Linear(
-            head.weight.shape[1], len(rows), bias=head.bias is not None, device="meta"
-        )
-        narrow.weight = nn.Parameter(head.weight.detach()[rows], requires_grad=False)
-        if head.bias is not None:
-            narrow.bias = nn.Parameter(head.bias.detach()[rows], requires_grad=False)
-        student.set_output_embeddings(narrow)
-    return student
+    return student if vocabulary is None else with_head_rows(student, vocabulary.long())
 
 
 def _are_indices(layers: Any, count: int) -> bool:

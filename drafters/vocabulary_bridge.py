@@ -129,6 +129,9 @@ class VocabularyBridge:
         own_size: width of the draft model's logits.
         target_size: width of the target's.
 
+    Attributes:
+        own_ids: ``[W]`` int64, the draft model's ids of the tokens that both have.
+
     Raises:
         ConfigError: if the vocabularies share less than a third of the smaller one.
     """
@@ -152,7 +155,7 @@ class VocabularyBridge:
         if None not in (eos, own_eos) and own_eos not in self._pairs.values():
             self._pairs.setdefault(eos, own_eos)
         self._ids = torch.tensor(list(self._pairs))
-        self._own_ids = torch.tensor(list(self._pairs.values()))
+        self.own_ids = torch.tensor(list(self._pairs.values()))
         bos = tokenizer.bos_token_id
         begins = bos is not None and tokenizer.encode("a")[:1] == [bos]
         self._beginning = [bos] if begins else []
@@ -197,11 +200,18 @@ class VocabularyBridge:
         return self._pairs[token]
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Returns ``[n, V]`` float32 over the target's vocabulary, -inf where there is none."""
-        self._ids, self._own_ids = self._ids.to(logits.device), self._own_ids.to(logits.device)
+        """Returns ``[n, V]`` float32 over the target's vocabulary, -inf where there is none.
+
+        Args:
+            logits: ``[n, W]`` of the draft model's whole head; or of `own_ids` alone, in their
+                order, where those are fewer.
+        """
+        self._ids, self.own_ids = self._ids.to(logits.device), self.own_ids.to(logits.device)
+        if logits.shape[1] >= self._own_size:
+            logits = logits[:, self.own_ids]
         size = (logits.shape[0], self.target_size)
         scores = torch.full(size, -torch.inf, dtype=torch.float32, device=logits.device)
-        scores[:, self._ids] = logits[:, self._own_ids].float()
+        scores[:, self._ids] = logits.float()
         return scores
 
     def forget(self, row: int) -> None:

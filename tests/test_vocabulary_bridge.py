@@ -160,6 +160,40 @@ def test_the_law_is_the_draft_models_on_the_common_tokens_renormalised(
     assert law.shape == (2, len(theirs))
 
 
+def test_a_head_of_few_rows_gives_the_same_laws(
+    pairs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, theirs = pairs["words"]
+    model = tiny.make_model("llama", vocab_size=600, seed=2)
+    before = model.lm_head
+
+    def drafter() -> SmallModel:
+        made = SmallModel(model, own)
+        made.attach(TargetInfo(len(theirs), tokenizer=theirs))
+        return made
+
+    few, copy = drafter(), drafter()
+    assert few._backend.model.lm_head.out_features == len(few._vocabulary.own_ids) < 600
+    assert few._backend.model.model.layers is model.model.layers
+    assert model.lm_head is before
+    handle = model.lm_head.register_forward_hook(lambda _m, _i, logits: logits)
+    hooked = drafter()
+    handle.remove()
+    assert hooked._backend.model is model  # somebody looks at its logits
+    monkeypatch.setattr(*WHOLE_HEAD)
+    whole = drafter()
+    assert whole._backend.model is model
+    text = theirs.encode("the quick brown fox")
+    laws = []
+    for made in few, copy, whole, hooked:
+        made.start(0, text, None)
+        law = made.law(DraftContext(0, text, remaining=9))
+        laws.append(made.expand([(law, [0])])[0].log_probs)
+    assert torch.equal(laws[0], laws[1])
+    assert torch.equal(laws[2], laws[3])
+    torch.testing.assert_close(laws[0], laws[2])
+
+
 def test_too_few_common_tokens_are_refused() -> None:
     marks = [chr(0x4E00 + index) for index in range(93)]
     tokenizer = Tokenizer(models.WordLevel({mark: i for i, mark in enumerate(marks)}))
@@ -504,14 +538,22 @@ def six_token_drafter(kind: type[SmallModel] = SmallModel) -> SmallModel:
     return kind(model, six_tokens())
 
 
+WHOLE_HEAD = "specdec.drafters.small_model._FEW", 0.0
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["few_rows", "whole_head"])
 @pytest.mark.parametrize("case", PAIRS, ids=lambda case: f"{case[0].name}-{case[1].name}")
-def test_the_law_of_the_text_is_the_targets(case: Any) -> None:
+def test_the_law_of_the_text_is_the_targets(
+    case: Any, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if whole:
+        monkeypatch.setattr(*WHOLE_HEAD)
     policy, verifier, budgets = case
     loop = bridged_loop(six_token_drafter(), policy, verifier)
     assert loop.error((3, 0), budgets) < EXACT
     laws = torch.stack(list(loop.draft.known.values())).exp()
     assert laws[:, 2].max() == 0.0  # "ab" is no token of the draft model
-    assert len({tuple(row.tolist()) for row in laws}) > 3  # and it does read the text
+    assert len({tuple(row.tolist()) for row in laws}) > len(laws) / 2  # and it does read the text
 
 
 class Unnormalised(SmallModel):
@@ -526,6 +568,7 @@ class Unnormalised(SmallModel):
 
 @pytest.mark.parametrize("case", PAIRS[:4], ids=lambda case: f"{case[0].name}-{case[1].name}")
 def test_the_cut_law_must_be_renormalised(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*WHOLE_HEAD)
     policy, verifier, budgets = case
     # a builder normalises what it is given, so this mutant is caught three times over
     assert (

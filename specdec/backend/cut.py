@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from specdec.backend.features import decoder_layers, layer_path
 from specdec.errors import UnsupportedModelError
@@ -47,6 +47,23 @@ def copied_layers(model: Any, layers: Sequence[int]) -> Any:
                 module.layer_idx = place  # type: ignore[assignment]
         copies.append(copied)
     return _with_layers(model, layers, copies)
+
+
+def with_head_rows(model: Any, rows: Tensor) -> Any:
+    """Returns a model that gives the logits of some tokens only; it shares all but those rows.
+
+    Args:
+        model: a HuggingFace causal language model with a linear head.
+        rows: ``[W]`` int64 token ids, the logits' new order.
+    """
+    head = model.get_output_embeddings()
+    narrow = nn.Linear(head.weight.shape[1], len(rows), bias=head.bias is not None, device="meta")
+    for name in ("weight", "bias")[: 1 if head.bias is None else 2]:
+        tensor = getattr(head, name).detach()
+        setattr(narrow, name, nn.Parameter(tensor[rows.to(tensor.device)], requires_grad=False))
+    copied = _shallow_copy(model)
+    copied.set_output_embeddings(narrow)
+    return copied
 
 
 def _with_layers(model: Any, layers: Sequence[int], modules: Sequence[nn.Module]) -> Any:
