@@ -43,7 +43,7 @@ typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 #if defined(__AVX512F__)
 #define MASK(h, s) \
     (lanes) { LANES_4(0, h, s), LANES_4(4, h, s), LANES_4(8, h, s), LANES_4(12, h, s) }
-#elif defined(__AVX__)
+#elif defined(__AVX2__)
 #define MASK(h, s) (lanes) { LANES_4(0, h, s), LANES_4(4, h, s) }
 #else
 #define MASK(h, s) (lanes) { LANES_4(0, h, s) }
@@ -209,7 +209,7 @@ static void attend_head(const struct layer *l, const struct pass *p, const float
         attend(i, p, l->scale, queries, query_line, keys, values, mask, scores, out, line, width); \
         break;
             CASE(1)
-#if defined(__AVX__)
+#if defined(__AVX2__)
             CASE(2)
 #endif
 #if defined(__AVX512F__)
