@@ -14,7 +14,7 @@ from specdec.backend.probe import probed
 from specdec.drafters.model_drafter import NO_ROW, ModelDrafter
 from specdec.drafters.vocabulary_bridge import SharedVocabulary
 from specdec.errors import ConfigError, UnsupportedModelError
-from specdec.types import StepOutcome, TargetInfo
+from specdec.types import PromptRows, StepOutcome, TargetInfo
 
 _DEFAULT_SHARE = 4  # a quarter of the layers
 
@@ -72,6 +72,10 @@ class EarlyExit(ModelDrafter):
             )
         self._vocabulary = SharedVocabulary(target.vocab_size, target.vocab_size)
         self._whole = target.model
+
+    def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
+        """Looks whether the target's weights or parts have changed since the last call."""
+        self._backend.refresh()
 
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Forgets the step's laws; what became text is in the target's cache."""

@@ -74,7 +74,7 @@ class DecoderLayers:
         _check_call(self.layers, call)
         if impl == "reference":
             return reference(self.layers, call)
-        rows, mask, keys = call.rows.contiguous(), call.mask, call.keys[0]
+        rows, mask = call.rows.contiguous(), call.mask
         batch, nodes, _ = rows.shape
         starts = array("q", call.starts)
         shared = _Pass(
@@ -88,21 +88,19 @@ class DecoderLayers:
             nodes * self.layers[0].width if len(call.cos) > 1 else 0,
             0 if mask is None or len(mask) == 1 else mask.stride(0),
             0 if mask is None else mask.stride(2),
-            keys.stride(0),
-            keys.stride(1),
+            *call.caches.strides,
             torch.get_num_threads(),
         )
         room, run = _functions()
         work = torch.empty(room(self._laid_out, shared))
         output = torch.empty_like(rows)
-        caches = [array("Q", map(Tensor.data_ptr, own)) for own in (call.keys, call.values)]
         run(
             self._laid_out,
             len(self.layers),
             shared,
             rows.data_ptr(),
             output.data_ptr(),
-            *(pointers.buffer_info()[0] for pointers in caches),
+            *(pointers.buffer_info()[0] for pointers in call.caches.pointers),
             work.data_ptr(),
         )
         return output
@@ -151,24 +149,25 @@ def _shape(parts: LayerParts) -> tuple[int, ...]:
 
 
 def _check_call(layers: Sequence[LayerParts], call: LayerCall) -> None:
-    rows, cos, sin, all_keys, all_values, starts, mask, visible = call
+    rows, cos, sin, caches, starts, mask, visible = call
     batch, nodes, hidden = rows.shape
-    parts, keys = layers[0], all_keys[0]
-    width, angles, caches = parts.width, (cos, sin), (*all_keys, *all_values)
-    tensors = [t for t in (rows, cos, sin, mask, *caches) if t is not None]
-    shape, stride = keys.shape, keys.stride()
+    parts, width = layers[0], layers[0].width
+    shape = caches.shape
+    own = [t for t in (rows, cos, sin, mask) if t is not None]
+    # one by one: behind a pass sets and generators take several times as long
     fits = (
-        {(tensor.dtype, tensor.is_cpu) for tensor in tensors} == {(torch.float32, True)}
+        caches.fit
+        and len(caches.keys) == len(layers)
+        and shape == (batch, parts.heads, shape[2], width)
         and hidden == parts.joined.weight.num_inputs
         and 0 < batch * nodes <= MOST_ROWS
-        and len(all_keys) == len(all_values) == len(layers)
-        and shape == (batch, parts.heads, shape[2], width)
-        and stride[2:] == (width, 1)
-        and {(own.shape, own.stride()) for own in caches} == {(shape, stride)}
-        and all(angle.shape in ((batch, nodes, width), (1, nodes, width)) for angle in angles)
-        and all(angle.is_contiguous() for angle in angles)
         and cos.shape == sin.shape
+        and cos.shape in ((batch, nodes, width), (1, nodes, width))
+        and cos.is_contiguous()
+        and sin.is_contiguous()
     )
+    for tensor in own:
+        fits = fits and tensor.dtype is torch.float32 and tensor.is_cpu
     if fits and mask is not None:
         fits = (
             mask.shape[:3] in ((batch, 1, nodes), (1, 1, nodes))
@@ -176,6 +175,7 @@ def _check_call(layers: Sequence[LayerParts], call: LayerCall) -> None:
             and mask.stride(3) == 1
         )
     if not fits:
+        tensors = (*own, *caches.keys, *caches.values)
         shapes = dict.fromkeys(f"{list(tensor.shape)} {tensor.dtype}" for tensor in tensors)
         told = ", ".join(shapes)
         raise ValueError(
@@ -186,8 +186,8 @@ def _check_call(layers: Sequence[LayerParts], call: LayerCall) -> None:
         )
     if len(starts) != batch or min(starts) < 0 or max(starts) + nodes > visible:
         raise ValueError(f"{nodes} nodes from slots {list(starts)} are not among {visible} slots")
-    if visible > keys.shape[2]:
-        raise ValueError(f"the cache has {keys.shape[2]} slots, {visible} are to be looked at")
+    if visible > shape[2]:
+        raise ValueError(f"the cache has {shape[2]} slots, {visible} are to be looked at")
 
 
 def _is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:

@@ -15,8 +15,8 @@ from specdec.kernels.weight_blocks import from_blocks
 
 def reference(layers: Sequence[LayerParts], call: LayerCall) -> Tensor:
     """Returns what `DecoderLayers.run` returns, and writes what it writes."""
-    rows = call.rows
-    for parts, keys, values in zip(layers, call.keys, call.values, strict=True):
+    rows, caches = call.rows, call.caches
+    for parts, keys, values in zip(layers, caches.keys, caches.values, strict=True):
         rows = _layer(parts, call, rows, (keys, values))
     return rows
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from specdec.kernels.weight_blocks import BlockWeight
@@ -63,6 +66,50 @@ class LayerParts(NamedTuple):
         return (self.joined.weight.num_outputs // self.width - self.query_heads) // 2
 
 
+class LayerCaches:
+    """Keys and values of some layers; what is known of them is looked up once, not in every pass.
+
+    Args:
+        keys: of each layer ``[B, Hkv, S, D]`` float32 on the CPU, of equal strides; slots of a head
+            lie side by side. Written to.
+        values: as `keys`.
+    """
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        self.keys, self.values = tuple(keys), tuple(values)
+
+    @cached_property
+    def fit(self) -> bool:
+        """Whether they are what the arguments say."""
+        first, every = self.keys[0], (*self.keys, *self.values)
+        return (
+            len(self.keys) == len(self.values)
+            and {(own.dtype, own.is_cpu) for own in every} == {(torch.float32, True)}
+            and {(own.shape, own.stride()) for own in every} == {(first.shape, first.stride())}
+            and first.dim() == 4
+            and first.stride()[2:] == (first.shape[3], 1)
+        )
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """B, Hkv, S and D."""
+        return tuple(self.keys[0].shape)
+
+    @cached_property
+    def strides(self) -> tuple[int, int]:
+        """Numbers from row to row, and from head to head."""
+        row, head, *_ = self.keys[0].stride()
+        return row, head
+
+    @cached_property
+    def pointers(self) -> tuple[array[int], array[int]]:
+        """Where the keys and the values of each layer begin."""
+        return (
+            array("Q", map(Tensor.data_ptr, self.keys)),
+            array("Q", map(Tensor.data_ptr, self.values)),
+        )
+
+
 class LayerCall(NamedTuple):
     """Some nodes, and the caches that they are written to; float32 on the CPU.
 
@@ -70,8 +117,7 @@ class LayerCall(NamedTuple):
         rows: ``[B, N, H]``.
         cos: ``[B or 1, N, D]``.
         sin: ``[B or 1, N, D]``.
-        keys: of each layer ``[B, Hkv, S, D]``, written to; slots of a head lie side by side.
-        values: of each layer ``[B, Hkv, S, D]``, as `keys`, written to.
+        caches: of the layers, of B rows.
         starts: B slots, of each row's first node; the others stand behind it.
         mask: ``[B or 1, 1, N, visible or more]``, added to the scores; None where every node sees
             all slots.
@@ -81,8 +127,7 @@ class LayerCall(NamedTuple):
     rows: Tensor
     cos: Tensor
     sin: Tensor
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    caches: LayerCaches
     starts: Sequence[int]
     mask: Tensor | None
     visible: int

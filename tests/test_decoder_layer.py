@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specdec.kernels.block_linear import MOST_ROWS
 from specdec.kernels.decoder_layer import DecoderLayers, why_not_native
-from specdec.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
+from specdec.kernels.layer_parts import LayerCaches, LayerCall, LayerParts, Norm, Product
 from specdec.kernels.weight_blocks import Form, to_blocks
 
 needs_compiler = pytest.mark.skipif(
@@ -81,8 +81,10 @@ def call_of(
         torch.randn(batch, nodes, parts.joined.weight.num_inputs, generator=draw),
         angle.cos(),
         angle.sin(),
-        tuple(torch.randn(count, *shape, generator=draw)),
-        tuple(torch.randn(count, *shape, generator=draw)),
+        LayerCaches(
+            tuple(torch.randn(count, *shape, generator=draw)),
+            tuple(torch.randn(count, *shape, generator=draw)),
+        ),
         starts,
         mask,
         visible,
@@ -91,8 +93,8 @@ def call_of(
 
 def results(own: DecoderLayers, call: LayerCall, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """Returns output, keys and values; the call may be run again."""
-    keys, values = torch.stack(tuple(call.keys)), torch.stack(tuple(call.values))
-    output = own.run(call._replace(keys=tuple(keys), values=tuple(values)), impl=impl)
+    keys, values = torch.stack(call.caches.keys), torch.stack(call.caches.values)
+    output = own.run(call._replace(caches=LayerCaches(keys, values)), impl=impl)
     return output, keys, values
 
 
@@ -154,7 +156,8 @@ def test_layers_in_one_call_are_those_one_by_one(count: int, nodes: int) -> None
     together, keys, values = results(own, call, "native")
     rows = call.rows
     for i, parts in enumerate(own.layers):
-        one = call._replace(rows=rows, keys=call.keys[i : i + 1], values=call.values[i : i + 1])
+        cache = LayerCaches([call.caches.keys[i]], [call.caches.values[i]])
+        one = call._replace(rows=rows, caches=cache)
         rows, own_keys, own_values = results(DecoderLayers([parts]), one, "native")
         assert torch.equal(own_keys[0], keys[i])
         assert torch.equal(own_values[0], values[i])
@@ -168,7 +171,8 @@ def test_a_node_has_the_same_bits_in_any_company(nodes: int) -> None:
     start, slots = 37, 80
     path = call_of(own, [start], nodes, slots)
     outputs = []
-    keys, values = path.keys[0].clone(), path.values[0].clone()
+    keys_before, values_before = path.caches.keys[0][0], path.caches.values[0][0]
+    keys, values = path.caches.keys[0].clone(), path.caches.values[0].clone()
     for node in range(nodes):
         one = slice(node, node + 1)
         outputs.append(
@@ -177,8 +181,7 @@ def test_a_node_has_the_same_bits_in_any_company(nodes: int) -> None:
                     path.rows[:, one],
                     path.cos[:, one].contiguous(),
                     path.sin[:, one].contiguous(),
-                    [keys],
-                    [values],
+                    LayerCaches([keys], [values]),
                     [start + node],
                     None,
                     start + node + 1,
@@ -186,7 +189,7 @@ def test_a_node_has_the_same_bits_in_any_company(nodes: int) -> None:
             )
         )
     tree = call_of(own, [start, 11], 2 * nodes, slots, seed=5)
-    tree.keys[0][0], tree.values[0][0] = path.keys[0][0], path.values[0][0]
+    tree.caches.keys[0][0], tree.caches.values[0][0] = keys_before, values_before
     at = torch.arange(nodes) * 2 + 1  # a stranger before each node of the path
     for whole, part in ((tree.rows, path.rows), (tree.cos, path.cos), (tree.sin, path.sin)):
         whole[0, at] = part[0]
@@ -219,7 +222,7 @@ def test_only_the_slots_of_the_nodes_are_written() -> None:
     _, keys, values = results(own, call, "native")
     written = torch.zeros(2, 20, dtype=torch.bool)
     written[0, 3:7] = written[1, 9:13] = True
-    for before, after in ((call.keys[0], keys[0]), (call.values[0], values[0])):
+    for before, after in ((call.caches.keys[0], keys[0]), (call.caches.values[0], values[0])):
         changed = (before != after).any(dim=-1).any(dim=1)
         assert torch.equal(changed, written)
 
@@ -246,8 +249,9 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="keys and values of 2 layers"):
         two.run(call)
     other = call_of(own, [1], 2, slots=9)
-    caches = {"keys": (*call.keys, *other.keys), "values": (*call.values, *other.values)}
+    one, unlike = call.caches, other.caches
+    caches = LayerCaches((*one.keys, *unlike.keys), (*one.values, *unlike.values))
     with pytest.raises(ValueError, match="of equal strides"):
-        two.run(call._replace(**caches))
+        two.run(call._replace(caches=caches))
     with pytest.raises(ValueError, match="float32 on the CPU"):
         own.run(call_of(own, [0], MOST_ROWS + 1))

@@ -236,6 +236,30 @@ def test_what_a_model_does_besides_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     assert backend.direct is None
 
 
+def test_within_a_call_hooks_are_noticed(runs: list[tuple[int, ...]]) -> None:
+    backend = backend_of()
+    cache = backend.new_cache(1, 8)
+
+    @torch.no_grad()
+    def one_more() -> None:
+        backend.forward(cache, torch.tensor([[3]]), torch.tensor([[cache.lengths[0]]]), None)
+        cache.advance([1])
+
+    one_more()
+    assert runs
+    runs.clear()
+    seen: list[nn.Module] = []
+    norm = backend.model.model.norm
+    hook = norm.register_forward_hook(lambda module, *_: seen.append(module))
+    one_more()
+    assert seen == [norm]
+    assert not runs
+    hook.remove()
+    backend.new_cache(1, 8)
+    one_more()
+    assert runs
+
+
 def test_training_autocast_and_gradients_go_the_models_way(runs: list[tuple[int, ...]]) -> None:
     backend = backend_of()
     runs.clear()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from specdec.kernels.layer_parts import LayerCaches
+
 
 class LayerSpec(NamedTuple):
     """What one layer's keys and values look like."""
@@ -60,6 +62,7 @@ class TreeCache:
         self.generation = 0  # raised when keys and values move to other addresses
         self._first = 0  # pools' row that is the first in view
         self._slots: dict[torch.device, tuple[Tensor, Tensor]] = {}  # of the running pass
+        self._of_layers: dict[tuple[int, ...], LayerCaches] = {}  # of the views as they lie
         self._attended: int | None = None  # by a pass that does not go by the lengths here
         self._lay_views()
 
@@ -83,12 +86,22 @@ class TreeCache:
 
     def _lay_views(self) -> None:
         """Points every layer at its rows of the pools; only active rows are in view."""
+        self._of_layers.clear()
         end = self._first + self.batch_size
         for spec, members in self._groups.items():
             keys, values = self._pools[spec]
             for place, index in enumerate(members):
                 self.layers[index].keys = keys[place, self._first : end]
                 self.layers[index].values = values[place, self._first : end]
+
+    def of_layers(self, places: tuple[int, ...]) -> LayerCaches:
+        """Returns keys and values of some layers' active rows, for C code."""
+        own = self._of_layers.get(places)
+        if own is None:
+            layers = [self.layers[place] for place in places]
+            own = LayerCaches([layer.keys for layer in layers], [layer.values for layer in layers])
+            self._of_layers[places] = own
+        return own
 
     @property
     def batch_size(self) -> int:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from specdec.backend.angles import Angles
 from specdec.backend.as_found import AsFound
 from specdec.backend.cache import TreeCache
 from specdec.backend.fused_layers import FusedLayer, takes
@@ -50,24 +52,37 @@ class DirectPass:
         if any(layer.config is not self._config for layer in layers):
             raise ValueError("the layers must share their settings")
         self._layers = DecoderLayers([layer.parts for layer in layers])
-        self._places = [layer.place for layer in layers]
+        self._places = tuple(layer.place for layer in layers)
         self._windowed = windowed
         self._embedding: nn.Embedding = body.embed_tokens
-        self._angles = body.rotary_emb.forward
+        self._angles = Angles(body.rotary_emb)
         self._norm = packed.forwards.get(body.norm, body.norm.forward)
         self._head = packed.forwards.get(model.lm_head, model.lm_head.forward)
         around = [model, body, model.lm_head, *(getattr(body, name) for name in _OF_BODY)]
         own = AsFound.of([*around, *(layer.layer for layer in layers)])
         self._found = AsFound.joined([own, *(layer.found for layer in layers)])
+        self._model = model
+        self.look()
+
+    def look(self) -> None:
+        """Looks whether the model is as it was found: before a call, as it costs what a norm does.
+
+        Within a call hooks are noticed, and training.
+        """
+        self._as_found = self._found.holds()
+        self._hooks_so_far = RemovableHandle.next_id
 
     def serves(self, tokens: Tensor, mask: Tensor | None) -> bool:
         """Returns whether it takes such a pass, and the model is as it was and not looked at."""
+        if self._hooks_so_far != RemovableHandle.next_id:  # torch counts them, of all modules
+            self.look()
         return (
             takes(tokens.shape[0], tokens.shape[1], mask)
             and (mask is not None or not self._windowed)
             and self._config._attn_implementation == _ATTENTION
             and not torch.is_autocast_enabled("cpu")
-            and self._found.holds()
+            and not self._model.training
+            and self._as_found
         )
 
     def run(
@@ -80,11 +95,10 @@ class DirectPass:
     ) -> Tensor:
         """Returns ``[B, N, V]`` (or ``[B, K, V]``) logits; see `TreeModel.forward`."""
         hidden = self._embedding.forward(tokens)
-        cos, sin = self._angles(hidden, positions)
-        own = [cache.layers[place] for place in self._places]
-        keys, values = [layer.keys for layer in own], [layer.values for layer in own]
+        cos, sin = self._angles.of(hidden, positions)
+        caches = cache.of_layers(self._places)
         assert cache.starts is not None
-        call = LayerCall(hidden, cos, sin, keys, values, cache.starts, mask, cache.visible)
+        call = LayerCall(hidden, cos, sin, caches, cache.starts, mask, cache.visible)
         hidden = self._layers.run(call)
         # the norm is a node's own: of those that are not wanted it is not needed
         logits: Tensor = self._head(self._norm(hidden if keep is None else hidden[:, keep]))

@@ -107,13 +107,11 @@ class FusedLayer:
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        layer = cache.layers[self.place]
         return self._native.run(
             LayerCall(
                 hidden_states,
                 *position_embeddings,
-                [layer.keys],
-                [layer.values],
+                cache.of_layers((self.place,)),
                 starts,
                 attention_mask,
                 cache.visible,

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_SEEN, _UNSEEN = np.float32(0), np.finfo(np.float32).min
+
 
 def tree_visibility(
     lengths: Sequence[int], ancestors: Tensor, positions: Tensor, visible: int, window: int | None
@@ -46,6 +48,8 @@ def tree_visibility(
 
 def as_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the mask as eager attention adds it: 0 where it is True, the lowest number else."""
+    if dtype == torch.float32 and mask.is_cpu:  # numpy takes a quarter of the time
+        return torch.from_numpy(np.where(mask.numpy(), _SEEN, _UNSEEN))
     # filled on the device: a copy from the host cannot be captured
     lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
     return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), lowest)

@@ -70,13 +70,15 @@ class TreeModel:
         return device
 
     def refresh(self) -> None:
-        """Packs weights anew that have changed since."""
+        """Packs weights anew that have changed since, and looks whether the model's parts have."""
         if self.packed is not None:
             self.packed.refresh()
             if self._fused is not self.packed.fused:
                 self._fused = self.packed.fused
                 self.direct = None  # of other weights
                 self.direct = direct_pass(self, self.packed)
+            elif self.direct is not None:
+                self.direct.look()
 
     def unpack(self) -> None:
         """Lets go of the packed weights: passes run the model's own layers from now on."""
