@@ -231,6 +231,7 @@ class Hybrid(LearningDrafter):
             tuple(layers),
             max(own.node_top_k for own in needs),
             probing[0].needs.probes if probing else None,
+            every_step=any(own.every_step for own in needs),
         )
 
     def _features_for(self, source: Drafter, features: Tensor | None) -> Tensor | None:

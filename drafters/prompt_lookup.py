@@ -8,7 +8,7 @@ from operator import itemgetter
 from specdec.drafters.base import BaseDrafter
 from specdec.drafters.listed_law import ListedLaw
 from specdec.errors import ConfigError
-from specdec.types import DraftContext, DraftLaw, Guesses, PromptRows
+from specdec.types import DraftContext, DrafterNeeds, DraftLaw, Guesses, PromptRows
 
 # what a token that never followed here weighs against one occurrence; it makes long copies of one
 # occurrence slowly less likely, so a tree does not stake everything on one chain
@@ -31,6 +31,7 @@ class PromptLookup(BaseDrafter):
     """
 
     name = "prompt_lookup"
+    needs = DrafterNeeds(every_step=False)
 
     def __init__(self, max_matching_ngram_size: int = 3, max_matches: int = 16) -> None:
         if max_matching_ngram_size < 1 or max_matches < 1:

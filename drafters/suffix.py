@@ -12,7 +12,7 @@ from specdec.drafters.suffix_calibration import OWN, STORED, SuffixCalibration
 from specdec.drafters.suffix_law import Match, SuffixLaw
 from specdec.drafters.suffix_store import TextStore
 from specdec.errors import ConfigError, StateError
-from specdec.types import DraftContext, PromptRows, StepOutcome, TargetInfo
+from specdec.types import DraftContext, DrafterNeeds, PromptRows, StepOutcome, TargetInfo
 
 _LEADING_TOKENS = 4  # of the prompt that are stored before an output, so that its start matches
 _REMATCHED_TOKENS = 32  # of the text that are matched again when the store has changed
@@ -49,6 +49,7 @@ class Suffix(LearningDrafter):
     """
 
     name = "suffix"
+    needs = DrafterNeeds(every_step=False)
 
     def __init__(
         self, max_store_tokens: int = 65_536, max_contexts: int = 2, max_successors: int = 8

@@ -52,7 +52,9 @@ class TokenRecycling(LearningDrafter):
             raise ConfigError(f"num_successors must be at least 1, got {num_successors}")
         self._k = num_successors
         self.needs = DrafterNeeds(
-            prompt_top_k=num_successors if prompt_rows else 0, node_top_k=num_successors
+            prompt_top_k=num_successors if prompt_rows else 0,
+            node_top_k=num_successors,
+            every_step=False,
         )
         self._make_matrix(0)
         self._calibration = Calibration(num_successors)

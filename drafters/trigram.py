@@ -83,7 +83,9 @@ class Trigram(LearningDrafter):
         self._store = PairStore(num_pairs, num_successors)
         self._k = num_successors
         self.needs = DrafterNeeds(
-            prompt_top_k=num_successors if prompt_rows else 0, node_top_k=num_successors
+            prompt_top_k=num_successors if prompt_rows else 0,
+            node_top_k=num_successors,
+            every_step=False,
         )
         self._vocab_size = 0  # 0: not attached yet
         self._num_seen = 0  # one above the largest id of a corpus
@@ -259,7 +261,10 @@ class Trigram(LearningDrafter):
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then stores every node's logits."""
         scored = ScoredNodes.of(outcomes, self._k)
-        before = [self._before.get(outcome.row, NO_TOKEN) for outcome in outcomes]
+        before = [
+            self._before.get(own.row, NO_TOKEN) if own.before is None else own.before
+            for own in outcomes
+        ]
         firsts, seconds = scored.tokens_above(before), scored.tokens
         for node, emitted in zip(scored.visited, scored.emitted, strict=True):
             self._count(firsts[node], seconds[node], emitted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -189,8 +189,12 @@ class DecodeLoop:
             upcoming = self._parts.budget.drafts_next(len(active))
             scores = self._target.score(trees, probes=upcoming)
             self._stats.target_passes += 1
-        with self._stats.timed("verify"):
-            tops = self._target.top_tokens(trees, scores)
+        drafter = self._parts.drafter
+        learns = drafter is not None and (drafter.needs.every_step or self._parts.budget.learns())
+        tops: Sequence[TopTokens | None] = [None] * len(trees)
+        if learns:
+            with self._stats.timed("verify"):
+                tops = self._target.top_tokens(trees, scores)
         try:
             for row, tree, logits, top in zip(active, trees, scores.logits, tops, strict=True):
                 self._verify(row, tree, logits, steps, top)
@@ -200,16 +204,17 @@ class DecodeLoop:
         with self._stats.timed("commit"):
             # the last token kept is the next root, or the end: either way it is not in the cache
             self._target.commit([step.path[: len(step.tokens) - 1] for step in steps])
-        if self._parts.drafter is not None:
+        if drafter is not None:
             nodes = len(trees) * max(map(len, trees))
             self._parts.budget.scored(nodes, context, self._pass_seconds - before)
+        if drafter is not None and learns:
             with self._stats.timed("observe"):
                 begin = time.perf_counter()
                 outcomes = [
-                    _outcome(step, scores, place, top)
+                    _outcome(step, scores, place, top, self.rows[step.row].tokens)
                     for place, (step, top) in enumerate(zip(steps, tops, strict=True))
                 ]
-                self._parts.drafter.observe(outcomes)
+                drafter.observe(outcomes)
                 for outcome in outcomes:
                     self._parts.policy.observe(outcome)
                     self._parts.budget.observe(outcome)
@@ -269,9 +274,12 @@ class DecodeLoop:
                 self.places[place], self.places[last] = self.places[last], self.places[place]
 
 
-def _outcome(step: Step, scores: Scores, place: int, top: TopTokens | None) -> StepOutcome:
-    """Returns what drafter, policy and budget learn of a row's step."""
+def _outcome(
+    step: Step, scores: Scores, place: int, top: TopTokens | None, tokens: Sequence[int]
+) -> StepOutcome:
+    """Returns what drafter, policy and budget learn of a row's step; `tokens` end with its own."""
     nodes = len(step.tree)
+    root = len(tokens) - len(step.tokens) - 1
     return StepOutcome(
         step.row,
         step.tree,
@@ -281,4 +289,5 @@ def _outcome(step: Step, scores: Scores, place: int, top: TopTokens | None) -> S
         None if scores.features is None else scores.features[place, :nodes],
         None if scores.probes is None else scores.probes[place, :nodes],
         top,
+        tokens[root - 1] if root else None,
     )

@@ -153,12 +153,14 @@ class DrafterNeeds:
             further rows behind every node of a tree: slot j (from 0) of node v sees what v sees, v,
             and the slots before it, one position further on each. They are not draft nodes and
             never become text; no node sees them. None for none. It may be set by `Drafter.attach`.
+        every_step: False if `Drafter.observe` may miss steps in which nothing was drafted.
     """
 
     prompt_top_k: int = 0
     layers: tuple[int, ...] = ()
     node_top_k: int = 0
     probes: Tensor | None = field(default=None, compare=False)
+    every_step: bool = True
 
     @property
     def num_probes(self) -> int:
@@ -236,6 +238,8 @@ class StepOutcome:
         probes: ``[N, g, V]`` raw logits of the slots behind all nodes, see `DrafterNeeds.probes`;
             None if not asked for, or if the budget says that the next step will not draft.
         top: of all nodes, see `DrafterNeeds.node_top_k`; None if not asked for.
+        before: the text's token before the root, which a drafter that missed steps does not know;
+            None if the text begins with the root, or it was not told.
     """
 
     row: int
@@ -246,6 +250,7 @@ class StepOutcome:
     features: Tensor | None = None
     probes: Tensor | None = None
     top: TopTokens | None = None
+    before: int | None = None
 
 
 class DraftLaw(Protocol):

@@ -219,6 +219,18 @@ def test_pauses_get_longer_and_end_with_a_gain() -> None:
     assert not pauses.paused
 
 
+def test_learning_is_rationed_in_long_pauses() -> None:
+    pauses = Pauses()
+    assert all(pauses.learns(1.0, 1.0) for _ in range(20))
+    for _ in range(12):
+        while pauses.paused:
+            pauses.skip()
+        pauses.drafted(gain=-0.1, loss=0.1, plain=1.0)
+    learned = sum([pauses.learns(0.05, 1.0) for _ in range(1000)])
+    assert 90 <= learned <= 110  # a 20th of a step, in each tenth step: half a hundredth
+    assert all(pauses.learns(0.004, 1.0) for _ in range(20))
+
+
 @pytest.mark.parametrize("steps_a_text", [7, 40, 300])
 @pytest.mark.parametrize("loss", [0.05, 1.0])
 def test_tries_take_a_hundredth_of_the_time_however_short_texts_are(

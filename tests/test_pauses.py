@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +13,9 @@ import torch
 from specdec import SpeculativeGenerator
 from specdec.budget import AutoBudget, FixedBudget
 from specdec.cost import PassCost
-from specdec.drafters import EarlyExit, SmallModel
+from specdec.drafters import EarlyExit, Hybrid, SmallModel, Suffix, Trigram
 from specdec.trees import Chain
+from specdec.types import Budget, StepOutcome
 
 ROWS = [tiny.prompt(7, seed=1), tiny.prompt(4, seed=2), tiny.prompt(11, seed=3)]
 NEW = 32
@@ -26,9 +29,16 @@ class Pausing(FixedBudget):
         super().__init__(NODES)
         self._step = -1
 
-    def most(self, num_rows: int) -> int:
+    def allot(self, rows: Sequence[int], context: float) -> list[Budget]:
         self._step += 1
-        return 0 if self._step % 5 in (1, 2) else NODES
+        return [Budget(0, 0)] * len(rows) if self._pauses else super().allot(rows, context)
+
+    def learns(self) -> bool:
+        return not self._pauses
+
+    @property
+    def _pauses(self) -> bool:
+        return self._step % 5 in (1, 2)
 
 
 def pausing(model: Any, drafter: Any, policy: Any = "auto") -> SpeculativeGenerator:
@@ -62,6 +72,38 @@ def test_the_text_is_the_same(model: Any, drafter: str) -> None:
     given = {**tiny.padded(ROWS), "max_new_tokens": NEW, "do_sample": True, "seed": [1, 2, 3]}
     expected = SpeculativeGenerator(model, drafter=None).generate(**given)
     assert torch.equal(pausing(model, drafter).generate(**given), expected)
+
+
+@pytest.mark.parametrize("drafter", ["token_recycling", "trigram", "suffix", "hybrid"])
+def test_a_table_may_miss_steps_without_a_draft(
+    model: Any, drafter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it learns of the others is what it learns of them when it sees every step."""
+    seen: list[tuple[int, int | None, int]] = []
+    generator = pausing(model, drafter)
+    own = generator.drafter
+    observe = own.observe
+
+    def noted(outcomes: Sequence[StepOutcome]) -> None:
+        seen.extend((o.row, o.before, o.tree.token_list[0]) for o in outcomes)
+        observe(outcomes)
+
+    monkeypatch.setattr(own, "observe", noted)
+    output = generator.generate(tiny.ids(ROWS[0]), max_new_tokens=NEW, do_sample=False)
+    text = output[0].tolist()
+    pairs = set(itertools.pairwise(text))
+    assert 0 < len(seen) < generator.stats.target_calls
+    assert all((before, root) in pairs for _, before, root in seen)
+    if drafter == "trigram":
+        stored = own._store.state().arrays["pairs"].tolist()
+        assert {(before, root) for _, before, root in seen} <= set(map(tuple, stored))
+
+
+def test_what_reads_the_target_sees_every_step(model: Any) -> None:
+    assert EarlyExit(1).needs.every_step
+    assert SmallModel(model).needs.every_step
+    assert not Hybrid([Suffix(), Trigram()]).needs.every_step
+    assert Hybrid([Suffix(), SmallModel(model)]).needs.every_step
 
 
 def test_a_draft_model_that_does_not_pay_is_left_out(model: Any) -> None:

@@ -46,9 +46,15 @@ def tree_visibility(
     return torch.from_numpy(mask).unsqueeze(1)
 
 
-def as_additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the mask as eager attention adds it: 0 where it is True, the lowest number else."""
-    if dtype == torch.float32 and mask.is_cpu:  # numpy takes a quarter of the time
+def as_additive(mask: Tensor, dtype: torch.dtype, *, on_host: bool = False) -> Tensor:
+    """Returns the mask as eager attention adds it: 0 where it is True, the lowest number else.
+
+    Args:
+        mask: bool.
+        dtype: of the result.
+        on_host: whether the mask is on the host and nobody records what is done with it.
+    """
+    if on_host and dtype == torch.float32:  # numpy takes a quarter of the time
         return torch.from_numpy(np.where(mask.numpy(), _SEEN, _UNSEEN))
     # filled on the device: a copy from the host cannot be captured
     lowest = torch.full((), torch.finfo(dtype).min, dtype=dtype, device=mask.device)

@@ -56,6 +56,9 @@ class TreeModel:
         self.captured: CapturedPasses | None = None
         self.direct: DirectPass | None = None
         self._fused: Sequence[FusedLayer] = ()  # that it was made of
+        # transformers looks for both in the modules, which takes as long as making a mask
+        self._device: torch.device = self.device
+        self._dtype: torch.dtype = model.dtype
         self._config = model.config.get_text_config(decoder=True)
         self._cache_argument = cache_argument(model.forward)
         self._keeps_logits: bool = model._supports_logits_to_keep()
@@ -71,6 +74,7 @@ class TreeModel:
 
     def refresh(self) -> None:
         """Packs weights anew that have changed since, and looks whether the model's parts have."""
+        self._device, self._dtype = self.device, self.model.dtype
         if self.packed is not None:
             self.packed.refresh()
             if self._fused is not self.packed.fused:
@@ -122,7 +126,7 @@ class TreeModel:
             visibility = partial(
                 tree_visibility, cache.lengths, ancestors, positions, cache.visible
             )
-            masks = self._masks(visibility)
+            masks = self._masks(visibility, on_host=True)
             attention = self.attention
             # the kernel's queries are whole trees; what goes on with one, or a long prompt, is not
             if self.tree_attention is not None and new == ancestors.shape[2] <= MAX_NODES:
@@ -130,7 +134,7 @@ class TreeModel:
                 trees = TreePass.of(
                     ancestors, cache.lengths, list(masks.values()), self.tree_attention
                 )
-        device = self.device
+        device = self._device
         logits = self._run(
             cache, tokens.to(device), positions[:, -new:].to(device), masks, attention, trees, keep
         )
@@ -229,19 +233,20 @@ class TreeModel:
             yield
 
     def _masks(
-        self, visibility: Callable[[int | None], Tensor]
+        self, visibility: Callable[[int | None], Tensor], *, on_host: bool = False
     ) -> dict[str, tuple[Tensor, int | None]]:
         """Returns the masks of a pass and their windows by kind of layer.
 
         Args:
             visibility: gives ``[B, 1, N, S]`` bool for a window.
+            on_host: whether on the host.
         """
 
         def mask(window: int | None) -> tuple[Tensor, int | None]:
             visible = visibility(window)
             if self.traits.attention == "eager" or self.attention is not None:
-                visible = as_additive(visible, self.model.dtype)
-            return visible.to(self.device), window
+                visible = as_additive(visible, self._dtype, on_host=on_host)
+            return visible.to(self._device), window
 
         if len(self.traits.layer_types) > 1:
             return {"full_attention": mask(None), "sliding_attention": mask(self.traits.window)}

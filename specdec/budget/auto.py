@@ -38,8 +38,8 @@ class AutoBudget:
     law must not be cut by what they hold; use `FixedBudget` with those.
 
     While drafts lose time on average the drafter is not asked, but for a try now and then that
-    costs no more than 1 % of the time (`specdec.budget.pauses`). A new or improving drafter gets
-    more nodes by doubling.
+    costs no more than 1 % of the time (`specdec.budget.pauses`), and learns from a step now and
+    then only. A new or improving drafter gets more nodes by doubling.
 
     Source: the objective is that of Sequoia (arXiv 2402.12374, section 3.3) and SmartSpec (arXiv
     2406.14066), per step and with n = 0 allowed.
@@ -71,6 +71,7 @@ class AutoBudget:
         self._levels = Levels(max_nodes)
         self._pauses = Pauses()
         self._pass_seconds = 0.0
+        self._plain_seconds = 0.0
         self._allowed = _FIRST_NODES
         self._last_width = _FIRST_NODES
         self._asked = False
@@ -117,6 +118,7 @@ class AutoBudget:
         drafting = self._clock.draft_seconds
         width = max(widths, key=lambda width: emitted[width] / (drafting + passes[width]))
         (plain,) = self._step_seconds([len(trees)], context, probes=False)
+        self._plain_seconds = plain
         explored = self._pauses.exploring and widest > 0
         self._pauses.drafted(
             gain=emitted[width] / len(trees) * plain - passes[width] - drafting,
@@ -137,6 +139,12 @@ class AutoBudget:
         rows_per_node = self._rows_per_node if self._prepared else 1
         self._passes.scored(num_nodes * rows_per_node, context, seconds)
 
+    def learns(self) -> bool:
+        """Returns False in most steps of a long pause, where learning costs and brings nothing."""
+        if self._asked:
+            return True
+        return self._pauses.learns(self._clock.plain_learn_seconds, self._plain_seconds)
+
     def observe(self, outcome: StepOutcome) -> None:
         """Counts which of the scored nodes became text."""
         tree = outcome.tree
@@ -150,7 +158,7 @@ class AutoBudget:
 
     def learned(self, num_rows: int, seconds: float) -> None:
         """Notes what it took the drafter to learn from a pass over so many tree nodes."""
-        self._clock.learned(num_rows, seconds)
+        self._clock.learned(num_rows, seconds, drafted=self._asked)
 
     def stop(self, row: int) -> None:
         """Drops a row's own record; another text may come, which is worth a try."""

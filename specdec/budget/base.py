@@ -50,6 +50,10 @@ class NodeBudget(Protocol):
         """Notes what the pass over all trees took; padding of smaller ones counts as nodes."""
         ...
 
+    def learns(self) -> bool:
+        """Returns whether the drafter shall learn from this step, if it may miss one."""
+        ...
+
     def observe(self, outcome: StepOutcome) -> None:
         """Learns from a finished step of one row."""
         ...
@@ -90,6 +94,10 @@ class FixedBudget:
 
     def scored(self, num_nodes: int, context: float, seconds: float) -> None:
         """Has no use for it."""
+
+    def learns(self) -> bool:
+        """Returns True."""
+        return True
 
     def observe(self, outcome: StepOutcome) -> None:
         """Learns nothing."""

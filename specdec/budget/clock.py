@@ -18,6 +18,7 @@ class DraftClock:
         self.draft_seconds = draft_seconds or 0.0
         self.level_seconds = 0.0
         self.learn_seconds = 0.0  # for a node more
+        self.plain_learn_seconds = 0.0  # of a step without a draft
         # weight, nodes, their squares, seconds, and nodes x seconds of what was learned from
         self._sums = [0.0] * 5
 
@@ -27,10 +28,12 @@ class DraftClock:
             self.draft_seconds = _followed(self.draft_seconds, seconds)
             self.level_seconds = _followed(self.level_seconds, seconds / levels)
 
-    def learned(self, num_rows: int, seconds: float) -> None:
+    def learned(self, num_rows: int, seconds: float, *, drafted: bool = True) -> None:
         """Fits what a node more costs; what learning takes at least is spent without a tree too."""
         if not self._follows:
             return
+        if not drafted:
+            self.plain_learn_seconds = _followed(self.plain_learn_seconds, seconds)
         weight, *_, total, _ = self._sums
         if weight:
             seconds = min(seconds, 4 * total / weight)  # a pause of the machine

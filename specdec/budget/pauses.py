@@ -7,6 +7,8 @@ import math
 _RATE = 0.15  # of the running mean
 _PATIENCE = 3  # drafts at a loss before drafting is left out
 _EXPLORATION = 0.01  # of the time, to learn whether a drafter that does not pay pays again
+_LEARNING = 0.005  # of the time, to go on learning while it is not asked
+_LONG = 4  # steps of a pause, from which learning is rationed
 
 
 class Pauses:
@@ -23,6 +25,7 @@ class Pauses:
         self._owed = 0  # steps without a draft that are still to come
         self._pause = 0  # what the last try cost of them
         self._credit = 0
+        self._unlearned = 0  # steps since the last that was learned from
 
     @property
     def paused(self) -> bool:
@@ -37,6 +40,19 @@ class Pauses:
     def skip(self) -> None:
         """Counts a step of the pause."""
         self._owed -= 1
+
+    def learns(self, learning: float, plain: float) -> bool:
+        """Returns whether a step of the pause is worth learning from, and counts it.
+
+        Args:
+            learning: seconds that it takes.
+            plain: seconds of a step without drafting.
+        """
+        self._unlearned += 1
+        if self._pause >= _LONG and self._unlearned * _LEARNING * plain < learning:
+            return False
+        self._unlearned = 0
+        return True
 
     def resume(self) -> None:
         """Ends a pause: another text begins, of which nothing is known. One try may be owed."""
