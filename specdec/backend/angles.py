@@ -40,15 +40,15 @@ class Angles:
         if not self._steady or frequencies is None:
             cos, sin = self._forward(hidden, positions)
             return cos, sin
-        wanted = positions.numpy()
+        wanted, table = positions.numpy(), self._table
         known, version = self._made_of
-        last = int(wanted.max())
         if known is not frequencies or version != frequencies._version:
-            self._table = torch.empty(2, 0, 0)
-        if last >= self._table.shape[1]:
+            table = torch.empty(2, 0, 0)
+        last = int(wanted.max())
+        if last >= table.shape[1]:
             every = torch.arange(max(_FIRST_POSITIONS, 2 * last)).unsqueeze(0)
-            self._table = torch.cat(self._forward(hidden, every))
+            self._table = table = torch.cat(self._forward(hidden, every))
             self._made_of = frequencies, frequencies._version
         # numpy's indexing takes a fifth of the time of torch's
-        cos, sin = torch.from_numpy(self._table.numpy().take(wanted, axis=1))
+        cos, sin = torch.from_numpy(table.numpy().take(wanted, axis=1))
         return cos, sin
