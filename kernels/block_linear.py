@@ -16,7 +16,7 @@ from specdec.kernels.native import library, why_not
 from specdec.kernels.weight_blocks import BlockWeight, from_blocks
 
 IMPLEMENTATIONS = ("reference", "native")
-MOST_ROWS = 128  # of one product, as in block_linear.c; libraries for many rows are as fast there
+MOST_ROWS = 128  # of one call of C, as in block_linear.c
 _SOURCE = Path(__file__).with_suffix(".c")
 
 
@@ -28,7 +28,7 @@ def block_linear(
     With "native" a row's result is the same bits for any number of other rows.
 
     Args:
-        rows: ``[..., K]`` float32 on the CPU; "native" takes up to 128 of them.
+        rows: ``[..., K]`` float32 on the CPU.
         weight: `to_blocks`' ``[N, K]``.
         bias: ``[N]`` float32, or None.
         impl: "reference", or "native": C, compiled when it is first called.
@@ -37,7 +37,7 @@ def block_linear(
         ``[..., N]`` float32.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit, or there are too many rows.
+        ValueError: if shapes, dtypes or devices do not fit.
         NativeError: if "native" is asked for and C code cannot be had here.
     """
     if impl not in IMPLEMENTATIONS:
@@ -50,19 +50,17 @@ def block_linear(
         )
     if impl == "reference":
         return linear(rows, from_blocks(weight), bias)
-    count = rows.numel() // width
-    if count > MOST_ROWS:
-        raise ValueError(f"block_linear takes at most {MOST_ROWS} rows; got {count}")
     rows = rows.contiguous()
     output = rows.new_empty(*rows.shape[:-1], weight.num_outputs)
-    if count:
+    given, written, count = rows.data_ptr(), output.data_ptr(), rows.numel() // width
+    for first in range(0, count, MOST_ROWS):
         _function()(
             weight.form.value,
-            rows.data_ptr(),
+            given + first * width * rows.itemsize,
             weight.data.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            output.data_ptr(),
-            count,
+            written + first * weight.num_outputs * output.itemsize,
+            min(MOST_ROWS, count - first),
             width,
             weight.num_outputs,
             torch.get_num_threads(),

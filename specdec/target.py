@@ -26,8 +26,9 @@ from specdec.types import DrafterNeeds, PromptRows, TopTokens
 # the masks of rows that go on from an earlier turn
 _CHUNK_TOKENS = 512
 # of a prompt, up to which direct passes (`specdec.backend.direct_pass`) are the faster way: behind
-# more tokens their attention takes longer than torch's
-_DIRECT_TOKENS = 256
+# more their attention takes longer than torch's. Where `linear` is the best product for many rows,
+# and where blocks are
+_DIRECT_TOKENS, _DIRECT_TOKENS_IN_BLOCKS = 256, 1024
 
 
 class Scores(NamedTuple):
@@ -156,8 +157,11 @@ class TargetModel:
     def _goes_directly(self, length: int, num_rows: int) -> bool:
         """Returns whether prompts of such a length run in parts past the model's own code."""
         looked_at = self._tap is not None or self._pads is not None
-        served = self._backend.direct is not None and not looked_at
-        return served and length <= _DIRECT_TOKENS and num_rows <= MOST_ROWS
+        packed = self._backend.packed
+        if self._backend.direct is None or packed is None or looked_at:
+            return False
+        most = _DIRECT_TOKENS_IN_BLOCKS if packed.for_prompts else _DIRECT_TOKENS
+        return length <= most and num_rows <= MOST_ROWS
 
     def score(self, trees: Sequence[DraftTree], *, probes: bool = True) -> Scores:
         """Returns the logits and features of one tree for each active row, from one pass.

@@ -355,9 +355,16 @@ def test_prompts_run_in_parts(length: int, runs: list[tuple[int, ...]]) -> None:
     assert sum(nodes for _, nodes in parts) in range(length - 16, length + 1)
 
 
-def test_long_prompts_run_whole(runs: list[tuple[int, ...]]) -> None:
-    model = tiny.make_model("llama", **WIDE, max_position_embeddings=1024)
+@pytest.mark.parametrize(("in_blocks", "most"), [(False, 256), (True, 1024)])
+def test_long_prompts_run_whole(in_blocks: bool, most: int, runs: list[tuple[int, ...]]) -> None:
+    """How long depends on whether blocks are the faster product for many rows, too."""
+    model = tiny.make_model("llama", **WIDE, max_position_embeddings=2048)
     generator = SpeculativeGenerator(model, drafter=None, packed_weights="blocks")
-    runs.clear()
-    generator.generate(tiny.ids(tiny.prompt(257)), max_new_tokens=3, do_sample=False)
-    assert {nodes for _, nodes in runs} == {1}
+    layers = generator._backend.packed
+    assert layers is not None
+    for group in layers._groups:
+        group.for_prompts = in_blocks
+    for length, expected in ((most, {1, 128}), (most + 1, {1})):
+        runs.clear()
+        generator.generate(tiny.ids(tiny.prompt(length)), max_new_tokens=3, do_sample=False)
+        assert {nodes for _, nodes in runs} == expected

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from specdec import SpeculativeGenerator
 from specdec.backend import linear_formats, packed
 from specdec.backend.linear_formats import FORMATS, pack_fp16
 from specdec.backend.packed import PackedLinears, packed_linears
 from specdec.errors import ConfigError
+from specdec.kernels.block_linear import MOST_ROWS, why_not_native
 
 pytestmark = pytest.mark.usefixtures("small_layers_count")
 
@@ -212,13 +216,44 @@ def test_a_layout_that_is_asked_for_is_had_or_refused(monkeypatch: pytest.Monkey
     SpeculativeGenerator(tiny.make_model("llama"), packed_weights="auto")
 
 
+@pytest.mark.parametrize("faster", [False, True])
+def test_prompts_run_in_blocks_where_that_is_faster(
+    faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decided by a measurement for each shape, whose outcome is given here."""
+    if why_not_native() is not None:
+        pytest.skip("no C compiler")
+    own = packed._seconds
+
+    def seconds(runs: Sequence[Any], rows: torch.Tensor) -> float:
+        own(runs, rows)
+        return float((runs[0].func is linear) == faster)
+
+    monkeypatch.setattr(packed, "_seconds", seconds)
+    model = tiny.make_model("llama")
+    layers = packed_linears(model, "blocks")
+    assert layers is not None
+    asked = []
+    for group in layers._groups:
+        run = group.packed.run
+        group.packed = group.packed._replace(
+            run=lambda rows, run=run: asked.append(rows.shape) or run(rows)
+        )
+    prompt = tiny.ids(tiny.prompt(MOST_ROWS + 5))
+    with torch.no_grad():
+        expected = model(prompt).logits
+        with layers.active():
+            torch.testing.assert_close(model(prompt).logits, expected, rtol=1e-4, atol=1e-4)
+    assert bool(asked) == faster
+
+
 def test_many_rows_go_through_the_layers_own_weights() -> None:
     """Layers that share their input too: all of them, or the parts of one product would mix."""
     model = tiny.make_model("llama")
     layers = packed_linears(model, "onednn")
     assert layers is not None
     for group in layers._groups:
-        group.packed = group.packed._replace(most_rows=4, run=None)
+        group.packed, group.for_prompts = group.packed._replace(most_rows=4, run=None), False
     prompt = tiny.ids(tiny.prompt(5))
     with torch.no_grad():
         expected = model(prompt).logits

@@ -27,7 +27,7 @@ class PackedWeight(NamedTuple):
         run: ``[..., K]`` float32 to ``[..., N]``, the bias added.
         nbytes: what the layout takes, beside the model's own weight.
         layout: what it is called in reports.
-        most_rows: that `run` takes, None for any number; beyond it the layer is as fast as it is.
+        most_rows: beyond which `linear` may be faster, to be measured; None if it never is.
         product: the layer in blocks, for C code that computes more than one; None in other layouts.
     """
 

@@ -27,6 +27,7 @@ _SMALLEST = 1 << 16  # entries of a weight below which a call costs more than it
 _TIMED_ROWS = (1, 4, 8, 16)
 _TIMED_BYTES = 64 << 20  # of weights of one shape, in turn: the caches must not hold them all
 _REPEATS = 5
+_MANY_ROWS, _MANY_REPEATS = 256, 3  # of a prompt
 _TIE = 1.1  # within which a packed layout is taken before `linear`, so that noise seldom decides
 _TOLERANCE = 1e-5  # of a packed product, relative to the largest one
 _SHARE_OF_MEMORY = 0.5  # of what is free, that packed weights may take unasked
@@ -60,6 +61,7 @@ class PackedLinears:
         self._norms = native_norms(model)
         self._modules = [module for module in model.modules() if module is not model]
         self._chosen: dict[tuple[int, int], str | None] = {}
+        self._for_prompts: dict[tuple[int, int], bool] = {}
         self._fused: list[FusedLayer] = []
         self._stand_ins: list[StandIn] = []
         self._placed: list[StandIn] = []
@@ -80,6 +82,11 @@ class PackedLinears:
         return count
 
     @property
+    def for_prompts(self) -> bool:
+        """Whether all layers run from packed weights for the many rows of a prompt too."""
+        return all(group.for_prompts for group in self._groups)
+
+    @property
     def fused(self) -> list[FusedLayer]:
         """Decoder layers that run as one call; another list when they have been found anew."""
         return self._fused
@@ -97,6 +104,9 @@ class PackedLinears:
             self._chosen[shape] = _fastest(alike) if self.form == "auto" else self.form
         for group in stale:
             group.pack(self._chosen[group.shape])
+            if group.shape not in self._for_prompts and group.packed is not None:
+                self._for_prompts[group.shape] = group.is_faster_for_many()
+            group.for_prompts = self._for_prompts.get(group.shape, True)
         if stale or not self._stand_ins:
             products: Products = {tuple(group.members): group.packed for group in self._groups}
             self._fused = fused_layers(self._modules, products, self._norms)
@@ -180,6 +190,7 @@ class _Group:
 
     members: list[nn.Linear]
     packed: PackedWeight | None = None
+    for_prompts: bool = True  # whether it serves more rows than trees have
     _seen: list[tuple[int, int]] = field(default_factory=list)
     _input: Tensor | None = None
     _outputs: tuple[Tensor, ...] = ()
@@ -249,9 +260,22 @@ class _Group:
         packed = self.packed
         if packed is None or torch.is_grad_enabled():
             return None
-        if packed.most_rows is not None and rows.numel() > packed.most_rows * rows.shape[-1]:
-            return None
-        return packed
+        few = packed.most_rows is None or rows.numel() <= packed.most_rows * rows.shape[-1]
+        return packed if few or self.for_prompts else None
+
+    def is_faster_for_many(self) -> bool:
+        """Returns whether the packed product is faster than `linear` for the rows of a prompt."""
+        assert self.packed is not None
+        if self.packed.most_rows is None:
+            return True
+        weight, bias = self.weights()
+        rows = torch.ones(_MANY_ROWS, weight.shape[1])
+        ways: list[Callable[[Tensor], Tensor]] = [
+            self.packed.run,
+            partial(linear, weight=weight, bias=bias),
+        ]
+        packed, own = (min([_seconds([way], rows) for _ in range(_MANY_REPEATS)]) for way in ways)
+        return packed * _TIE < own
 
     def _later(self, member: nn.Linear, place: int, rows: Tensor) -> Tensor:
         if rows is not self._input:
