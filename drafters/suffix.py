@@ -130,7 +130,7 @@ class Suffix(LearningDrafter):
         text.extend(outcome.emitted, self._store)
 
     def stop(self, row: int) -> None:
-        """Forgets the row; its output goes to the store."""
+        """Forgets the row; its output goes to the store, as far as it was told of it."""
         text = self._rows.pop(row, None)
         if text is not None and len(text.tokens) > text.prompt_length:
             self._store.add(text.tokens[max(text.prompt_length - _LEADING_TOKENS, 0) :])
