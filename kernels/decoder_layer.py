@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.block_linear import MOST_ROWS
-from specdec.kernels.decoder_layer_reference import reference
-from specdec.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
+from specdec.kernels.decoder_reference import layers_reference
+from specdec.kernels.layer_parts import LayerCall, LayerParts
+from specdec.kernels.layer_structs import LayerStruct, PassStruct, layer_structs
 from specdec.kernels.native import library, why_not
 
 IMPLEMENTATIONS = ("reference", "native")
 WIDTHS = 32  # a head's width is a multiple of it
-_SOURCE = Path(__file__).with_suffix(".c")
+SOURCE = Path(__file__).with_name("decoder.c")
 
 
 class DecoderLayers:
@@ -49,7 +50,7 @@ class DecoderLayers:
                 f"{[_shape(parts) for parts in layers]}"
             )
         self.layers = tuple(layers)
-        self._laid_out = (_Layer * len(layers))(*map(_laid_out, layers))
+        self.structs = layer_structs(layers)
 
     def run(self, call: LayerCall, *, impl: str = "native") -> Tensor:
         """Returns what the layers make of nodes behind what their caches hold; writes them there.
@@ -73,29 +74,31 @@ class DecoderLayers:
             raise ValueError(f"decoder_layer: impl must be one of {IMPLEMENTATIONS}; got {impl!r}")
         _check_call(self.layers, call)
         if impl == "reference":
-            return reference(self.layers, call)
+            return layers_reference(self.layers, call)
         rows, mask = call.rows.contiguous(), call.mask
         batch, nodes, _ = rows.shape
         starts = array("q", call.starts)
-        shared = _Pass(
+        shared = PassStruct(
             call.cos.data_ptr(),
             call.sin.data_ptr(),
+            None,
             None if mask is None else mask.data_ptr(),
             starts.buffer_info()[0],
             batch,
             nodes,
             call.visible,
             nodes * self.layers[0].width if len(call.cos) > 1 else 0,
+            0,
             0 if mask is None or len(mask) == 1 else mask.stride(0),
             0 if mask is None else mask.stride(2),
             *call.caches.strides,
             torch.get_num_threads(),
         )
         room, run = _functions()
-        work = torch.empty(room(self._laid_out, shared))
+        work = torch.empty(room(self.structs, shared))
         output = torch.empty_like(rows)
         run(
-            self._laid_out,
+            self.structs,
             len(self.layers),
             shared,
             rows.data_ptr(),
@@ -108,7 +111,7 @@ class DecoderLayers:
 
 def why_not_native() -> str | None:
     """Returns why "native" cannot be had here, None if it can; compiles it on the way."""
-    return why_not(_SOURCE)
+    return why_not(SOURCE)
 
 
 def _check_parts(parts: LayerParts) -> None:
@@ -195,68 +198,11 @@ def _is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     return plain and tensor.shape == shape and tensor.is_contiguous()
 
 
-class _Product(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
-        ("form", ctypes.c_int),
-    )
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _Product) for name in ("joined", "output", "gates", "down")),
-        *((name, ctypes.c_void_p) for name in ("before", "between", "query_norm", "key_norm")),
-        *((n, ctypes.c_float) for n in ("eps", "head_eps", "offset", "head_offset", "scale")),
-        *((name, ctypes.c_int64) for name in ("query_heads", "heads", "width")),
-    )
-
-
-class _Pass(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "mask", "starts")),
-        *((name, ctypes.c_int64) for name in ("batch", "nodes", "visible")),
-        *((name, ctypes.c_int64) for name in ("angle_stride", "mask_stride", "mask_line")),
-        *((name, ctypes.c_int64) for name in ("row_stride", "head_stride")),
-        ("threads", ctypes.c_int),
-    )
-
-
-def _laid_out(parts: LayerParts) -> _Layer:
-    head_weights = [n and n.weight.data_ptr() for n in (parts.query_norm, parts.key_norm)]
-    head_norm = parts.query_norm or Norm(parts.before.weight, 0.0)
-    return _Layer(
-        *map(_product, (parts.joined, parts.output, parts.gates, parts.down)),
-        parts.before.weight.data_ptr(),
-        parts.between.weight.data_ptr(),
-        *head_weights,
-        parts.before.eps,
-        head_norm.eps,
-        parts.before.offset,
-        head_norm.offset,
-        parts.scale,
-        parts.query_heads,
-        parts.heads,
-        parts.width,
-    )
-
-
-def _product(product: Product) -> _Product:
-    weight, bias = product
-    return _Product(
-        weight.data.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        weight.num_inputs,
-        weight.num_outputs,
-        weight.form.value,
-    )
-
-
 @functools.cache
 def _functions() -> tuple[Any, Any]:
     """Returns `decoder_layers_room` and `decoder_layers` of the C code."""
-    loaded: Any = library(_SOURCE)
-    layers, shared = ctypes.POINTER(_Layer), ctypes.POINTER(_Pass)
+    loaded: Any = library(SOURCE)
+    layers, shared = ctypes.POINTER(LayerStruct), ctypes.POINTER(PassStruct)
     loaded.decoder_layers_room.argtypes = [layers, shared]
     loaded.decoder_layers_room.restype = ctypes.c_int64
     loaded.decoder_layers.argtypes = [layers, ctypes.c_int64, shared, *[ctypes.c_void_p] * 5]

@@ -66,6 +66,20 @@ class LayerParts(NamedTuple):
         return (self.joined.weight.num_outputs // self.width - self.query_heads) // 2
 
 
+class Ends(NamedTuple):
+    """What stands around the layers of a decoder.
+
+    Attributes:
+        embedding: ``[V, H]`` float32 on the CPU, contiguous.
+        norm: of what goes into the head.
+        head: ``[V', H]``, V' logits of a node; None if somebody else multiplies with it.
+    """
+
+    embedding: Tensor
+    norm: Norm
+    head: Product | None
+
+
 class LayerCaches:
     """Keys and values of some layers; what is known of them is looked up once, not in every pass.
 
@@ -131,3 +145,32 @@ class LayerCall(NamedTuple):
     starts: Sequence[int]
     mask: Tensor | None
     visible: int
+
+
+class DecoderCall(NamedTuple):
+    """Some nodes of a batch of trees, N of each row: the last ones of the M that it has by now.
+
+    Attributes:
+        tokens: ``[B, N]`` int64.
+        positions: ``[B, M]`` int64 of all nodes.
+        ancestors: ``[B, N, M]`` bool, whether a node sees another; every node sees what stands
+            before the tree. None where every node sees all slots.
+        window: nodes see positions less than this behind theirs; None for any.
+        cos: ``[P, D]`` by position, or ``[B or 1, N, D]`` of the nodes; float32.
+        sin: as `cos`.
+        caches: of the layers, of B rows.
+        starts: B slots, of each row's first node of the N; the others stand behind it.
+        visible: slots that are looked at.
+        keep: ``[K]`` int64, which of the N results are wanted; None for all.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    ancestors: Tensor | None
+    window: int | None
+    cos: Tensor
+    sin: Tensor
+    caches: LayerCaches
+    starts: Sequence[int]
+    visible: int
+    keep: Tensor | None = None

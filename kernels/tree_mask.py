@@ -21,11 +21,18 @@ def ancestor_matrix(parents: Sequence[int], size: int) -> Tensor:
         parents: parent of each node, -1 for the root, parents before children.
         size: number of rows wanted, at least ``len(parents)``.
     """
-    matrix = np.eye(size, dtype=np.bool_)
-    for node, parent in enumerate(parents):
-        if parent >= 0:
-            matrix[node] |= matrix[parent]
-    return torch.from_numpy(matrix)
+    return ancestor_matrices([parents], size)[0]
+
+
+def ancestor_matrices(trees: Sequence[Sequence[int]], size: int) -> Tensor:
+    """Returns ``[B, size, size]`` bool, `ancestor_matrix` of the parents of each tree."""
+    matrices = np.zeros((len(trees), size, size), dtype=np.bool_)
+    for matrix, parents in zip(matrices, trees, strict=True):
+        matrix.reshape(-1)[:: size + 1] = True
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                matrix[node] |= matrix[parent]
+    return torch.from_numpy(matrices)
 
 
 def num_words(num_nodes: int) -> int:

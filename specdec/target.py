@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
 from specdec.backend.pads import PadGroups
 from specdec.kernels.block_linear import MOST_ROWS
 from specdec.kernels.top_k_rows import top_k_rows
-from specdec.kernels.tree_mask import ancestor_matrix
+from specdec.kernels.tree_mask import ancestor_matrices
 from specdec.prefill import groups, slack_of, sources_of
 from specdec.top_tokens import top_tokens
 from specdec.trees.tree import DraftTree
@@ -176,15 +177,13 @@ class TargetModel:
         width = max(map(len, trees))
         if self._captured is not None:
             return self._score_captured(self._captured, trees, width)
-        tokens = token_matrix([tree.token_list for tree in trees], width)
-        depths = token_matrix([tree.depth_list for tree in trees], width)
-        positions = torch.tensor(self.cache.lengths).unsqueeze(1) + depths
+        tokens, positions = self._nodes(trees, width)
         # one new token behind prefixes of equal length is plain decoding, and goes its way
         pads = self._pads if probes else None
         even = min(self.cache.lengths) == max(self.cache.lengths)
         if width == 1 and even and pads is None:
             return self._pass(tokens, positions, None)
-        ancestors = torch.stack([ancestor_matrix(tree.parent_list, width) for tree in trees])
+        ancestors = ancestor_matrices([tree.parent_list for tree in trees], width)
         if pads is None:
             return self._pass(tokens, positions, ancestors)
         rows = pads.joined(tokens, positions, ancestors)
@@ -192,15 +191,21 @@ class TargetModel:
         real, behind = pads.split(logits, width)
         return Scores(real, None if features is None else features[:, :width], behind)
 
+    def _nodes(self, trees: Sequence[DraftTree], width: int) -> tuple[Tensor, Tensor]:
+        """Returns tokens and positions ``[B, width]`` of trees behind what is committed."""
+        tokens = token_matrix([tree.token_list for tree in trees], width)
+        depths = token_matrix([tree.depth_list for tree in trees], width).numpy()
+        # numpy's calls take less than torch's
+        starts = np.array(self.cache.lengths)[:, None]
+        return tokens, torch.from_numpy(depths + starts)
+
     def _score_captured(
         self, captured: CapturedPasses, trees: Sequence[DraftTree], width: int
     ) -> Scores:
         """Scores trees that are padded to a size of which there may be a recording."""
         size = bucket(width)
-        tokens = token_matrix([tree.token_list for tree in trees], size)
-        depths = token_matrix([tree.depth_list for tree in trees], size)
-        positions = torch.tensor(self.cache.lengths).unsqueeze(1) + depths
-        ancestors = torch.stack([ancestor_matrix(tree.parent_list, size) for tree in trees])
+        tokens, positions = self._nodes(trees, size)
+        ancestors = ancestor_matrices([tree.parent_list for tree in trees], size)
         logits, features = captured.run(self.cache, tokens, positions, ancestors, self._tap)
         # the next pass writes over them, and texts and drafters may keep what they are given
         features = None if features is None else features[:, :width].clone()

@@ -307,7 +307,7 @@ def test_a_models_first_layers_go_directly_too(runs: list[tuple[int, ...]]) -> N
     )
     own = generator.drafter._backend.direct
     assert own is not None
-    assert len(own._layers.layers) == 2
+    assert len(own._decoder.layers.layers) == 2
     runs.clear()
     assert torch.equal(generator.generate(prompt, **arguments), expected)
     # the prompt, and in a step the target's pass, the root's and two levels at least

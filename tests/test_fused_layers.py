@@ -49,6 +49,7 @@ def model_of(family: str, **overrides: Any) -> Any:
 def tree_logits(model: Any, form: str | None, calls: list[int]) -> Tensor:
     """Returns ``[4, V]`` logits of a tree behind a prompt of nine tokens."""
     backend = probed(model, form)
+    backend.direct = None  # it runs them all at once, and is tested by itself
     calls.clear()  # those that tried the layers out
     cache = backend.new_cache(1, 32)
     prompt = tiny.ids(tiny.prompt(9))
@@ -92,6 +93,7 @@ def test_texts_of_ragged_batches(family: str, sampled: bool, calls: list[int]) -
     fused = SpeculativeGenerator(
         model, drafter="token_recycling", node_budget=6, packed_weights="blocks"
     )
+    fused._backend.direct = None
     seed = {"seed": 7} if sampled else {}
     calls.clear()
     expected = plain.generate(**tiny.padded(prompts), **arguments, **seed)
@@ -122,6 +124,7 @@ def test_plain_and_tree_passes_give_the_same_bits() -> None:
 def test_hooks_see_what_they_saw(calls: list[int]) -> None:
     model = model_of("llama")
     backend = probed(model, "blocks")
+    backend.direct = None
     layer = model.model.layers[1]
 
     def shapes(module: nn.Module) -> list[tuple[int, ...]]:

@@ -26,29 +26,28 @@ class Angles:
         self._forward: Any = rotary.forward
         self._buffers = rotary._buffers
         self._steady = getattr(rotary, "rope_type", None) in _STEADY
-        self._table = torch.empty(2, 0, 0)
+        nothing = torch.empty(0, 0)
+        self._table = nothing, nothing
         self._made_of: tuple[Tensor | None, int] = None, 0
 
-    def of(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns cos and sin ``[B, N, D]``, contiguous.
+    def of(self, like: Tensor, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """Returns cos and sin ``[P, D]`` by position, contiguous, P at least `end`.
+
+        Where frequencies follow a text's length ``[B or 1, N, D]``, those of `positions`.
 
         Args:
-            hidden: ``[B, N, H]`` float32 on the CPU.
+            like: something float32 on the CPU.
             positions: ``[B, N]`` int64.
+            end: which all of them are below.
         """
         frequencies = self._buffers.get("inv_freq")
         if not self._steady or frequencies is None:
-            cos, sin = self._forward(hidden, positions)
-            return cos, sin
-        wanted, table = positions.numpy(), self._table
+            cos, sin = self._forward(like, positions)
+            return cos.contiguous(), sin.contiguous()
         known, version = self._made_of
-        if known is not frequencies or version != frequencies._version:
-            table = torch.empty(2, 0, 0)
-        last = int(wanted.max())
-        if last >= table.shape[1]:
-            every = torch.arange(max(_FIRST_POSITIONS, 2 * last)).unsqueeze(0)
-            self._table = table = torch.cat(self._forward(hidden, every))
+        if known is not frequencies or version != frequencies._version or end > len(self._table[0]):
+            every = torch.arange(max(_FIRST_POSITIONS, 2 * end)).unsqueeze(0)
+            cos, sin = self._forward(like, every)
+            self._table = cos[0], sin[0]
             self._made_of = frequencies, frequencies._version
-        # numpy's indexing takes a fifth of the time of torch's
-        cos, sin = torch.from_numpy(table.numpy().take(wanted, axis=1))
-        return cos, sin
+        return self._table

@@ -22,7 +22,7 @@ class AsFound:
         self._own_hooks: list[Any] = []  # of whole layers, which see what they saw
         self._places: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         self._containers: list[dict[str, Any]] = []
-        self._weights: list[tuple[dict[str, Any], Tensor]] = []
+        self._weights: list[tuple[dict[str, Any], Tensor, int]] = []
 
     @classmethod
     def layer(cls, layer: Any, weights: Sequence[tuple[nn.Module, Tensor]]) -> AsFound:
@@ -40,17 +40,25 @@ class AsFound:
         made._own_hooks = [*_hooks_of(layer)]
         made._places = _places(parents)  # an adapter puts modules in their places
         made._containers = [parent.__dict__ for parent in parents[1:]]
-        made._weights = [(module._parameters, weight) for module, weight in weights]
+        made._weights = _weights(weights)
         return made
 
     @classmethod
-    def of(cls, modules: Sequence[nn.Module]) -> AsFound:
-        """Returns what single modules are like, what they contain apart."""
+    def of(
+        cls, modules: Sequence[nn.Module], weights: Sequence[tuple[nn.Module, Tensor]] = ()
+    ) -> AsFound:
+        """Returns what single modules are like, what they contain apart.
+
+        Args:
+            modules: any.
+            weights: as in `layer`.
+        """
         made = cls()
         made._training = list(modules)
         made._hooks += [hooks for module in modules for hooks in _hooks_of(module)]
         made._places = _places(modules)
         made._containers = [module.__dict__ for module in modules]
+        made._weights = _weights(weights)
         return made
 
     @classmethod
@@ -74,8 +82,8 @@ class AsFound:
         for container in self._containers:
             if "forward" in container:
                 return False
-        for parameters, weight in self._weights:
-            if parameters["weight"] is not weight:
+        for parameters, weight, address in self._weights:
+            if parameters["weight"] is not weight or weight.data_ptr() != address:
                 return False
         for module in self._training:
             if module.training:
@@ -95,3 +103,9 @@ def _places(
         for parent in parents
         for name, child in parent.named_children()
     ]
+
+
+def _weights(
+    weights: Iterable[tuple[nn.Module, Tensor]],
+) -> list[tuple[dict[str, Any], Tensor, int]]:
+    return [(module._parameters, weight, weight.data_ptr()) for module, weight in weights]

@@ -16,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from specdec.backend.angles import Angles
 from specdec.backend.as_found import AsFound
 from specdec.backend.cache import TreeCache
-from specdec.backend.fused_layers import FusedLayer, takes
+from specdec.backend.fused_layers import FusedLayer
 from specdec.backend.packed import PackedLinears
-from specdec.kernels.decoder_layer import DecoderLayers
-from specdec.kernels.layer_parts import LayerCall
+from specdec.kernels.block_linear import MOST_ROWS
+from specdec.kernels.decoder import Decoder
+from specdec.kernels.layer_parts import DecoderCall, Ends, Norm
 from specdec.kernels.tree_mask import ancestor_matrix
 
 if TYPE_CHECKING:
@@ -38,28 +39,44 @@ class DirectPass:
         model: a causal language model with the modules of a Llama.
         layers: its decoder layers, in order.
         packed: of its linear layers and norms.
-        windowed: whether tokens see only so far behind them, which a mask has to tell.
+        window: tokens see positions less than this behind theirs; None for all.
 
     Raises:
-        ValueError: if the layers are not of one shape, or do not share their settings.
+        ValueError: if the layers are not of one shape, or do not share their settings, or what
+            stands around them has others than those of a Llama.
     """
 
     def __init__(
-        self, model: Any, layers: Sequence[FusedLayer], packed: PackedLinears, *, windowed: bool
+        self,
+        model: Any,
+        layers: Sequence[FusedLayer],
+        packed: PackedLinears,
+        *,
+        window: int | None,
     ) -> None:
         body = model.model
         self._config = layers[0].config  # of the whole model, where this one is a part of it
         if any(layer.config is not self._config for layer in layers):
             raise ValueError("the layers must share their settings")
-        self._layers = DecoderLayers([layer.parts for layer in layers])
+        norm = packed.norm_of(body.norm)
+        if norm is None or body.embed_tokens.max_norm is not None:
+            raise ValueError("embedding and norm must do nothing besides")
+        weights = [(m, m.get_parameter("weight")) for m in (body.embed_tokens, body.norm)]
+        self._embedding, of_norm = [weight for _, weight in weights]
+        head = packed.product_of(model.lm_head)
+        # in another layout the head is multiplied with by itself
+        self._head = None
+        if head is None:
+            self._head = packed.forwards.get(model.lm_head, model.lm_head.forward)
+        self._decoder = Decoder(
+            [layer.parts for layer in layers],
+            Ends(self._embedding, Norm(of_norm, norm.eps, norm.offset), head),
+        )
         self._places = tuple(layer.place for layer in layers)
-        self._windowed = windowed
-        self._embedding: nn.Embedding = body.embed_tokens
+        self._window = window
         self._angles = Angles(body.rotary_emb)
-        self._norm = packed.forwards.get(body.norm, body.norm.forward)
-        self._head = packed.forwards.get(model.lm_head, model.lm_head.forward)
         around = [model, body, model.lm_head, *(getattr(body, name) for name in _OF_BODY)]
-        own = AsFound.of([*around, *(layer.layer for layer in layers)])
+        own = AsFound.of([*around, *(layer.layer for layer in layers)], weights)
         self._found = AsFound.joined([own, *(layer.found for layer in layers)])
         self._model = model
         self.look()
@@ -69,18 +86,23 @@ class DirectPass:
 
         Within a call hooks are noticed, and training.
         """
-        self._as_found = self._found.holds()
+        self._as_found = (
+            self._found.holds()
+            and self._config._attn_implementation == _ATTENTION
+            and not torch.is_autocast_enabled("cpu")
+        )
         self._hooks_so_far = RemovableHandle.next_id
 
-    def serves(self, tokens: Tensor, mask: Tensor | None) -> bool:
+    def serves(self, tokens: Tensor, ancestors: Tensor | None) -> bool:
         """Returns whether it takes such a pass, and the model is as it was and not looked at."""
         if self._hooks_so_far != RemovableHandle.next_id:  # torch counts them, of all modules
             self.look()
+        batch, nodes = tokens.shape
         return (
-            takes(tokens.shape[0], tokens.shape[1], mask)
-            and (mask is not None or not self._windowed)
-            and self._config._attn_implementation == _ATTENTION
-            and not torch.is_autocast_enabled("cpu")
+            # without ancestors each of several nodes sees those before it
+            (ancestors is not None or (nodes == 1 and self._window is None))
+            and batch * nodes <= MOST_ROWS
+            and not torch.is_grad_enabled()
             and not self._model.training
             and self._as_found
         )
@@ -90,19 +112,32 @@ class DirectPass:
         cache: TreeCache,
         tokens: Tensor,
         positions: Tensor,
-        mask: Tensor | None,
+        ancestors: Tensor | None,
         keep: Tensor | None,
     ) -> Tensor:
         """Returns ``[B, N, V]`` (or ``[B, K, V]``) logits; see `TreeModel.forward`."""
-        hidden = self._embedding.forward(tokens)
-        cos, sin = self._angles.of(hidden, positions)
-        caches = cache.of_layers(self._places)
-        assert cache.starts is not None
-        call = LayerCall(hidden, cos, sin, caches, cache.starts, mask, cache.visible)
-        hidden = self._layers.run(call)
-        # the norm is a node's own: of those that are not wanted it is not needed
-        logits: Tensor = self._head(self._norm(hidden if keep is None else hidden[:, keep]))
-        return logits
+        visible = cache.visible
+        # a node stands nowhere behind its slot
+        cos, sin = self._angles.of(self._embedding, positions, visible)
+        if cos.dim() == 3:
+            cos, sin = (angles[:, -tokens.shape[1] :].contiguous() for angles in (cos, sin))
+        starts = cache.starts
+        assert starts is not None
+        output = self._decoder.run(
+            DecoderCall(
+                tokens,
+                positions,
+                ancestors,
+                self._window,
+                cos,
+                sin,
+                cache.of_layers(self._places),
+                starts,
+                visible,
+                keep,
+            )
+        )
+        return output if self._head is None else self._head(output)
 
 
 @torch.inference_mode(False)
@@ -128,11 +163,10 @@ def direct_pass(backend: TreeModel, packed: PackedLinears) -> DirectPass | None:
     if len(layers) != len(body.layers) or type(body.embed_tokens) is not nn.Embedding:
         return None
     try:
-        windowed = backend.traits.window is not None
-        direct = DirectPass(model, layers, packed, windowed=windowed)
+        direct = DirectPass(model, layers, packed, window=backend.traits.window)
     except ValueError:
         return None
-    if not direct.serves(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, 1, 1)):
+    if not direct.serves(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, 1).bool()):
         return None  # somebody looks at a part: it could not be tried out
     expected = _trial(backend)
     backend.direct = direct

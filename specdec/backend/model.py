@@ -119,6 +119,14 @@ class TreeModel:
         positions = self.within_table(positions)
         new = tokens.shape[1]
         cache.begin_pass(new)
+        # the kernel's queries are whole trees; what goes on with one, or a long prompt, is not
+        whole = ancestors is not None and new == ancestors.shape[2] <= MAX_NODES
+        of_kernel = whole and self.tree_attention is not None
+        direct = self.direct
+        if direct is not None and not of_kernel and direct.serves(tokens, ancestors):
+            logits = direct.run(cache, tokens, positions, ancestors, keep)
+            cache.end_pass()
+            return logits
         masks: dict[str, tuple[Tensor, int | None]] = {}
         trees: TreePass | None = None
         attention: str | None = None
@@ -128,8 +136,8 @@ class TreeModel:
             )
             masks = self._masks(visibility, on_host=True)
             attention = self.attention
-            # the kernel's queries are whole trees; what goes on with one, or a long prompt, is not
-            if self.tree_attention is not None and new == ancestors.shape[2] <= MAX_NODES:
+            if of_kernel:
+                assert self.tree_attention is not None
                 attention = TREE[self.traits.attention]
                 trees = TreePass.of(
                     ancestors, cache.lengths, list(masks.values()), self.tree_attention
@@ -204,18 +212,10 @@ class TreeModel:
             arguments["logits_to_keep"] = keep.to(tokens.device)
         if trees is not None:
             arguments[ARGUMENT] = trees
-        mask = self._as_argument(masks)
-        if (
-            self.direct is not None
-            and trees is None
-            and not isinstance(mask, dict)
-            and self.direct.serves(tokens, mask)
-        ):
-            return self.direct.run(cache, tokens, positions, mask, keep)
         with self._pass(attention):
             logits: Tensor = self.model(
                 input_ids=tokens,
-                attention_mask=mask,
+                attention_mask=self._as_argument(masks),
                 position_ids=positions,
                 use_cache=True,
                 return_dict=True,

@@ -19,9 +19,10 @@ from torch.nn.functional import linear
 
 from specdec.backend.fused_layers import FusedLayer, Products, fused_layers
 from specdec.backend.linear_formats import FORMATS, PackedWeight, reason_against
-from specdec.backend.norms import StandIn, native_norms
+from specdec.backend.norms import NativeNorm, StandIn, native_norms
 from specdec.backend.shared_inputs import shared_inputs
 from specdec.errors import ConfigError
+from specdec.kernels.layer_parts import Product
 
 _SMALLEST = 1 << 16  # entries of a weight below which a call costs more than its products
 _TIMED_ROWS = (1, 4, 8, 16)
@@ -90,6 +91,16 @@ class PackedLinears:
     def fused(self) -> list[FusedLayer]:
         """Decoder layers that run as one call; another list when they have been found anew."""
         return self._fused
+
+    def product_of(self, module: nn.Module) -> Product | None:
+        """Returns a linear layer in blocks, if it is packed so, and alone."""
+        of_module = {group.members[0]: group for group in self._groups if len(group.members) == 1}
+        packed = of_module[module].packed if module in of_module else None
+        return None if packed is None else packed.product
+
+    def norm_of(self, module: nn.Module) -> NativeNorm | None:
+        """Returns what computes a norm in one call, if it can be."""
+        return next((norm for norm in self._norms if norm.module is module), None)
 
     @property
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:

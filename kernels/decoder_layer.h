@@ -1,10 +1,11 @@
-/* Decoder layers of the Llama kind over a few rows, their caches included.
+/* A decoder layer of the Llama kind over a few rows, its cache included.
  *
  * All threads stay in one parallel region a layer; each step shares its work out and waits for the
  * others.
  * Sums run in the order of inputs and of slots, and a slot that is masked adds zero. So what comes
  * out of a node is the same bits whatever other nodes there are, in its row or in others.
  */
+#pragma once
 #include <omp.h>
 
 #include "block_panels.h"
@@ -24,10 +25,11 @@ struct layer {
 /* What a pass hands to every layer. */
 struct pass {
     const float *cos, *sin; /* [nodes, width]; those of the next row `angle_stride` on */
+    const int64_t *places;  /* of each node in cos and sin, rows `place_stride` apart; 0: in order */
     const float *mask;      /* added to scores; nodes lie `mask_line` apart, rows `mask_stride` */
     const int64_t *starts;  /* [batch], the slot of each row's first node */
     int64_t batch, nodes, visible; /* slots attended over */
-    int64_t angle_stride, mask_stride, mask_line;
+    int64_t angle_stride, place_stride, mask_stride, mask_line;
     int64_t row_stride, head_stride; /* of keys and values [batch, heads, slots, width] */
     int threads;
 };
@@ -97,8 +99,9 @@ ALWAYS void rotate(float *x, const float *cos, const float *sin, int64_t width) 
 static void place(const struct layer *l, const struct pass *p, float *joined, float *keys,
                   float *values, int64_t row, int64_t node) {
     const int64_t width = l->width;
-    const float *cos = p->cos + row * p->angle_stride + node * width;
-    const float *sin = p->sin + row * p->angle_stride + node * width;
+    const int64_t angle = p->places ? p->places[row * p->place_stride + node] * width
+                                    : row * p->angle_stride + node * width;
+    const float *cos = p->cos + angle, *sin = p->sin + angle;
     for (int64_t head = 0; head < l->query_heads + l->heads; head++) {
         float *x = joined + head * width;
         const float *weight = head < l->query_heads ? l->query_norm : l->key_norm;
@@ -264,22 +267,5 @@ static void run_layer(const struct layer *l, const struct pass *p, const float *
         }
         SHARED_OUT(panel, panels_of(hidden)) panel_of(&l->down, products, middle, y, rows, panel);
 #undef SHARED_OUT
-    }
-}
-
-/* Returns the numbers of `room` that `decoder_layers` needs, for layers of the shape of l. */
-int64_t decoder_layers_room(const struct layer *l, const struct pass *p) {
-    return p->batch * p->nodes * l->joined.inputs + room_of(l, p);
-}
-
-/* Layers of one shape, one behind the other, each with keys and values of its own. */
-void decoder_layers(const struct layer *layers, int64_t count, const struct pass *p,
-                    const float *x, float *y, float *const *keys, float *const *values,
-                    float *room) {
-    float *between = room, *rest = room + p->batch * p->nodes * layers->joined.inputs;
-    for (int64_t i = 0; i < count; i++) {
-        float *out = (count - 1 - i) % 2 ? between : y; /* in turns, the last one to y */
-        run_layer(layers + i, p, x, out, keys[i], values[i], rest);
-        x = out;
     }
 }

@@ -1,4 +1,4 @@
-"""Decoder layers of the Llama kind by torch's operators: what `decoder_layer.c` has to compute."""
+"""Decoders of the Llama kind and their layers by torch's operators: what the C code computes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,56 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 
-from specdec.kernels.layer_parts import LayerCall, LayerParts, Norm, Product
+from specdec.kernels.layer_parts import (
+    DecoderCall,
+    Ends,
+    LayerCall,
+    LayerParts,
+    Norm,
+    Product,
+)
 from specdec.kernels.rms_norm import rms_norm
 from specdec.kernels.weight_blocks import from_blocks
 
 
-def reference(layers: Sequence[LayerParts], call: LayerCall) -> Tensor:
+def layers_reference(layers: Sequence[LayerParts], call: LayerCall) -> Tensor:
     """Returns what `DecoderLayers.run` returns, and writes what it writes."""
     rows, caches = call.rows, call.caches
     for parts, keys, values in zip(layers, caches.keys, caches.values, strict=True):
         rows = _layer(parts, call, rows, (keys, values))
     return rows
+
+
+def decoder_reference(ends: Ends, layers: Sequence[LayerParts], call: DecoderCall) -> Tensor:
+    """Returns what `Decoder.run` returns, and writes what it writes."""
+    rows = embedding(call.tokens, ends.embedding)
+    cos, sin = call.cos, call.sin
+    if cos.dim() == 2:
+        own = call.positions[:, -rows.shape[1] :]
+        cos, sin = cos[own], sin[own]
+    mask = None if call.ancestors is None else _mask(call, call.ancestors)
+    layer_call = LayerCall(rows, cos, sin, call.caches, call.starts, mask, call.visible)
+    rows = layers_reference(layers, layer_call)
+    rows = _normed(rows if call.keep is None else rows[:, call.keep], ends.norm)
+    return rows if ends.head is None else _times(rows, ends.head)
+
+
+def _mask(call: DecoderCall, ancestors: Tensor) -> Tensor:
+    batch, nodes, tree = ancestors.shape
+    mask = torch.full((batch, 1, nodes, call.visible), torch.finfo(torch.float32).min)
+    for row, start in enumerate(call.starts):
+        begin = start - (tree - nodes)
+        end = begin + tree
+        seen = torch.zeros(nodes, call.visible, dtype=torch.bool)
+        seen[:, :begin], seen[:, begin:end] = True, ancestors[row]
+        if call.window is not None:
+            positions = torch.arange(call.visible)
+            positions[begin:end] = call.positions[row]
+            seen &= call.positions[row, tree - nodes :, None] - positions < call.window
+        mask[row, 0].masked_fill_(seen, 0.0)
+    return mask
 
 
 def _layer(

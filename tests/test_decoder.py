@@ -1,0 +1,180 @@
+"""A decoder as one call of C, ids in and logits out: against torch's operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_decoder_layer import parts_of
+from torch import Tensor
+
+from specdec.kernels.decoder import Decoder
+from specdec.kernels.decoder_layer import why_not_native
+from specdec.kernels.layer_parts import DecoderCall, Ends, LayerCaches, Norm, Product
+from specdec.kernels.tree_mask import ancestor_matrices
+from specdec.kernels.weight_blocks import to_blocks
+
+pytestmark = pytest.mark.skipif(
+    why_not_native() is not None, reason=f"no native code: {why_not_native()}"
+)
+HIDDEN, VOCABULARY, WIDTH, HEADS, LAYERS = 48, 70, 32, 2, 3
+TOLERANCE = 3e-6  # relative to the largest entry
+
+
+def decoder(*, head: bool = True, outputs: int = VOCABULARY) -> Decoder:
+    draw = torch.Generator().manual_seed(1)
+    own = None
+    if head:
+        weight = torch.randn(outputs, HIDDEN, generator=draw) * HIDDEN**-0.5
+        own = Product(to_blocks(weight), torch.randn(outputs, generator=draw))
+    norm = Norm(1 + 0.3 * torch.randn(HIDDEN, generator=draw), 1e-5, 1.0)
+    embedding = torch.randn(VOCABULARY, HIDDEN, generator=draw)
+    return Decoder([parts_of(seed=i) for i in range(LAYERS)], Ends(embedding, norm, own))
+
+
+def call_of(
+    lengths: list[int],
+    parents: list[list[int]],
+    *,
+    new: int | None = None,
+    window: int | None = None,
+    by_position: bool = True,
+    keep: list[int] | None = None,
+) -> DecoderCall:
+    """Returns trees behind random caches, of which the last `new` nodes are to be run."""
+    draw = torch.Generator().manual_seed(sum(lengths))
+    batch, tree = len(lengths), len(parents[0])
+    new = tree if new is None else new
+    visible = max(lengths) + tree
+    sees = ancestor_matrices(parents, tree)
+    positions = torch.tensor(lengths)[:, None] + sees.sum(-1) - 1
+    angles = torch.randn(visible + 2, WIDTH // 2, generator=draw).repeat(1, 2)
+    if not by_position:
+        angles = angles[positions[:, -new:]]
+    shape = (LAYERS, batch, HEADS, visible + 3, WIDTH)
+    return DecoderCall(
+        torch.randint(VOCABULARY, (batch, new), generator=draw),
+        positions,
+        sees[:, tree - new :],
+        window,
+        angles.cos(),
+        angles.sin(),
+        LayerCaches(
+            tuple(torch.randn(shape, generator=draw)), tuple(torch.randn(shape, generator=draw))
+        ),
+        [length + tree - new for length in lengths],
+        visible,
+        None if keep is None else torch.tensor(keep),
+    )
+
+
+def results(own: Decoder, call: DecoderCall, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns output, keys and values; the call may be run again."""
+    keys, values = torch.stack(call.caches.keys), torch.stack(call.caches.values)
+    output = own.run(call._replace(caches=LayerCaches(keys, values)), impl=impl)
+    return output, keys, values
+
+
+def assert_alike(own: Decoder, call: DecoderCall) -> None:
+    expected, got = results(own, call, "reference"), results(own, call, "native")
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine.shape == theirs.shape
+        assert float((mine - theirs).abs().max()) <= TOLERANCE * float(theirs.abs().max())
+
+
+CHAIN, BUSH = [-1, 0, 1, 2, 3, 4], [-1, 0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 9])
+@pytest.mark.parametrize("new", [6, 4, 1])
+@pytest.mark.parametrize("by_position", [True, False])
+def test_trees_and_what_goes_on_with_them(window: int | None, new: int, by_position: bool) -> None:
+    call = call_of([0, 30, 7], [CHAIN, BUSH, BUSH], new=new, window=window, by_position=by_position)
+    assert_alike(decoder(), call)
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("keep", [None, [0], [5], [1, 4]])
+def test_some_nodes_with_and_without_a_head(head: bool, keep: list[int] | None) -> None:
+    assert_alike(decoder(head=head, outputs=33), call_of([4, 9], [BUSH, CHAIN], keep=keep))
+
+
+def test_one_token_that_sees_everything() -> None:
+    own, call = decoder(), call_of([11, 11], [[-1], [-1]])
+    assert_alike(own, call._replace(ancestors=None))
+    plain, masked = (results(own, one, "native") for one in (call._replace(ancestors=None), call))
+    assert all(map(torch.equal, plain, masked))
+
+
+def test_many_rows() -> None:
+    assert_alike(decoder(), call_of([5], [list(range(-1, 127))]))
+
+
+def test_a_nodes_bits_are_its_own() -> None:
+    own = decoder()
+    every, _, _ = results(own, call_of([8], [BUSH]), "native")
+    call = call_of([8], [BUSH])
+    some, _, _ = results(own, call._replace(keep=torch.tensor([3])), "native")
+    assert torch.equal(every[:, [3]], some)
+
+
+def test_what_is_expanded_is_read_as_it_looks() -> None:
+    """Ancestors of a prompt are one matrix for all rows, and tokens may be a slice."""
+    call = call_of([6, 6], [CHAIN, CHAIN])
+    wide = torch.cat([call.tokens, call.tokens], dim=1)
+    one = call.ancestors[:1].expand(2, -1, -1)  # type: ignore[index]
+    other = call._replace(tokens=wide[:, :6], ancestors=one)
+    own = decoder()
+    pairs = zip(results(own, call, "native"), results(own, other, "native"), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_a_token_that_is_not_in_the_vocabulary(token: int, impl: str) -> None:
+    call = call_of([3], [CHAIN])
+    call.tokens[0, 2] = token
+    with pytest.raises(IndexError):
+        decoder().run(call, impl=impl)
+
+
+def test_a_position_without_angles() -> None:
+    call = call_of([3], [CHAIN])
+    call.positions[0, -1] = len(call.cos)
+    with pytest.raises(ValueError, match=r"angles for 11 positions; got 11"):
+        decoder().run(call)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": torch.zeros(1, 6, dtype=torch.int32)}, r"takes up to 128 tokens"),
+        ({"positions": torch.zeros(1, 5, dtype=torch.int64)}, r"takes up to 128 tokens"),
+        ({"ancestors": torch.ones(1, 6, 5, dtype=torch.bool)}, r"takes up to 128 tokens"),
+        ({"cos": torch.zeros(20, 16), "sin": torch.zeros(20, 16)}, r"takes up to 128 tokens"),
+        ({"starts": [2, 2]}, r"6 nodes from slots \[2, 2\] are not among 8 slots"),
+        ({"starts": [3]}, r"6 nodes from slots \[3\] are not among 8 slots"),
+        ({"visible": 12}, r"the cache has 11 slots, 12 are to be looked at"),
+        ({"keep": torch.tensor([6])}, r"keep must name some of 6 nodes"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    call = call_of([2], [CHAIN])
+    with pytest.raises(ValueError, match=message):
+        decoder().run(call._replace(**change))
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    own = decoder()
+    ends = own.ends
+    for wrong in (
+        ends._replace(embedding=ends.embedding[:, :32]),
+        ends._replace(embedding=ends.embedding.double()),
+        ends._replace(norm=Norm(torch.ones(32), 1e-5)),
+        ends._replace(head=Product(to_blocks(torch.ones(9, 32)))),
+    ):
+        with pytest.raises(ValueError, match=r"a decoder takes an embedding \[V, 48\]"):
+            Decoder(own.layers.layers, wrong)
+    with pytest.raises(ValueError, match="impl must be one of"):
+        own.run(call_of([2], [CHAIN]), impl="fast")
