@@ -15,6 +15,8 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from specdec.kernels.top_k_rows import takes_first, top_k_rows_native
 
+_LANES = 64  # a multiple of what any processor sums at once, several vectors together
+
 
 def cheaper(processor: Any) -> Any:
     """Returns a processor that does the same, faster where it is a truncation of transformers'."""
@@ -59,17 +61,40 @@ class SortedTopPLogitsWarper(TopPLogitsWarper):
 
     def _kept(self, scores: Tensor) -> Tensor | None:
         """Returns what is wanted; None where equal logits lie on both sides of the border."""
-        ordered = np.sort(scores.detach().numpy(), axis=-1)
+        given = scores.detach().numpy()
+        ordered = _ascending(given)
+        left_out = given.shape[-1] - ordered.shape[-1]
         sums = torch.from_numpy(ordered).softmax(dim=-1).cumsum(dim=-1).numpy()
         border = np.float32(1 - self.top_p)
-        most = max(ordered.shape[-1] - self.min_tokens_to_keep, 0)
+        most = max(ordered.shape[-1] - self.min_tokens_to_keep, -left_out)
         # numpy's calls: torch's take five times as long on a row
         fallen = [min(int(row.searchsorted(border, "right")), most) for row in sums]
+        if left_out and min(fallen) <= 0:
+            return None  # the border is among what was left out
         least = [values[count] for values, count in zip(ordered, fallen, strict=True)]  # that stays
         for values, count, value in zip(ordered, fallen, least, strict=True):
             if count and values[count - 1] == value:
                 return None
         return _without(scores, np.array(least)[:, None], self.filter_value)
+
+
+def _ascending(scores: np.ndarray) -> np.ndarray:
+    """Returns ``[n, <= V]`` scores sorted, without most of those that are minus infinity.
+
+    They are left out by whole lanes of the processor's vectors, one of which stays, so that sums
+    over what is left run in the same order: zeros are all that falls away.
+    """
+    possible = scores != -np.inf
+    width = scores.shape[-1]
+    needed = int(np.count_nonzero(possible, axis=-1).max()) + _LANES
+    left_out = (width - needed) // _LANES * _LANES
+    if left_out < width // 2:
+        return np.sort(scores, axis=-1)
+    ordered = np.full((len(scores), width - left_out), -np.inf, dtype=scores.dtype)
+    for row, own, kept in zip(ordered, scores, possible, strict=True):
+        some = np.sort(own[kept])
+        row[len(row) - len(some) :] = some
+    return ordered
 
 
 def _without(scores: Tensor, least: np.ndarray, filter_value: float) -> Tensor:

@@ -9,7 +9,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper,
 
 from specdec.row_copies import row_copies
 from specdec.sampling import warp_logits
-from specdec.warpers import NativeTopKLogitsWarper, SortedTopPLogitsWarper, cheaper
+from specdec.warpers import NativeTopKLogitsWarper, SortedTopPLogitsWarper, _ascending, cheaper
 
 IDS = torch.zeros(1, 1, dtype=torch.int64)
 
@@ -83,7 +83,28 @@ def test_it_is_theirs_over_a_vocabulary(vocab_size: int) -> None:
         theirs = TopPLogitsWarper(top_p)
         assert torch.equal(theirs(IDS, scores), cheaper(theirs)(IDS, scores))
     theirs = TopKLogitsWarper(50)
-    assert torch.equal(theirs(IDS, scores), cheaper(theirs)(IDS, scores))
+    few = theirs(IDS, scores)
+    assert torch.equal(few, cheaper(theirs)(IDS, scores))
+    few[0] = scores[0]
+    for rows in (few, few[1:], few[3:]):
+        for top_p in (0.3, 0.9, 0.999, 1.0):
+            theirs = TopPLogitsWarper(top_p)
+            assert torch.equal(theirs(IDS, rows), cheaper(theirs)(IDS, rows))
+
+
+@pytest.mark.parametrize("width", [700, 1031, 49152])
+def test_sums_without_what_cannot_be_are_the_same_bits(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    for count in (*range(1, 140), width // 3):
+        scores = torch.full((1, width), -torch.inf)
+        scores[0, torch.randperm(width, generator=generator)[:count]] = 5.0 * torch.randn(
+            count, generator=generator
+        )
+        short = torch.from_numpy(_ascending(scores.numpy()))
+        assert count + 64 <= short.shape[1] < count + 128
+        whole = scores.sort(dim=-1).values
+        expected = whole.softmax(dim=-1).cumsum(dim=-1)
+        assert torch.equal(short.softmax(dim=-1).cumsum(dim=-1), expected[:, -short.shape[1] :])
 
 
 class OneMore(SortedTopPLogitsWarper):
