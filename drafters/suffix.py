@@ -9,7 +9,7 @@ import numpy as np
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.suffix_automaton import SuffixAutomaton
 from specdec.drafters.suffix_calibration import OWN, STORED, SuffixCalibration
-from specdec.drafters.suffix_law import Match, SuffixLaw
+from specdec.drafters.suffix_law import Found, Match, Source, SuffixLaw, commonest
 from specdec.drafters.suffix_store import TextStore
 from specdec.errors import ConfigError, StateError
 from specdec.types import DraftContext, DrafterNeeds, PromptRows, StepOutcome, TargetInfo
@@ -100,10 +100,21 @@ class Suffix(LearningDrafter):
             sources,
             tuple(text.matches),
             self._calibration,
+            self._common(text, sources),
             self._max_contexts,
             self._max_successors,
         )
         return text.law
+
+    def _common(self, text: _RowText, sources: Sequence[Source]) -> Sequence[Found]:
+        """Returns the commonest tokens, ranked anew when a text has grown by a sixteenth."""
+        size, version = len(text.own), self._store.version
+        if size >= text.common_until or version != text.common_version:
+            text.common = commonest(
+                sources, self._calibration, self._max_successors, rank=self._max_contexts
+            )
+            text.common_until, text.common_version = size + size // 16 + 1, version
+        return text.common
 
     def match_length(self, row: int) -> int:
         """Returns the length in tokens of the row's longest match when its law was last asked for.
@@ -199,6 +210,9 @@ class _RowText:
         self.own = SuffixAutomaton(self.tokens)
         self.law: SuffixLaw | None = None
         self.matches: list[Match] = []  # in `own`, then in each automaton of the store
+        self.common: Sequence[Found] = ()
+        self.common_until = 0  # tokens of the text; then they are to be ranked again
+        self.common_version = -1  # of the store
         self._store_version = -1
 
     def extend(self, tokens: Sequence[int], store: TextStore) -> None:

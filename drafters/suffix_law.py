@@ -53,6 +53,14 @@ class SuffixLaw(ListedLaw):
 
     A match may run into the tokens of the path, which are text if the path is right.
 
+    Args:
+        sources: the automata, this text's first.
+        matches: the longest one in each.
+        calibration: what guesses are worth now.
+        common: what `commonest` gives, for nodes behind which it is not known better.
+        max_contexts: matches that are asked at a node.
+        max_successors: guesses of each.
+
     Attributes:
         match_length: tokens of the longest match at the root; 0 if nothing matched.
     """
@@ -62,6 +70,7 @@ class SuffixLaw(ListedLaw):
         sources: Sequence[Source],
         matches: tuple[Match, ...],
         calibration: SuffixCalibration,
+        common: Sequence[Found],
         max_contexts: int,
         max_successors: int,
     ) -> None:
@@ -74,11 +83,8 @@ class SuffixLaw(ListedLaw):
         self._places = [root]  # of each handle
         self._known = {matches: root}
         self._paths = [1.0]  # the chance of each handle's path
-        # the same behind every node, so they are ranked once
-        common: dict[int, Found] = {}
-        self._ask([(0, 0, 0, source) for source in sources[:2]], common, 1.0, rank=max_contexts)
-        self._common = sorted(common.values(), key=itemgetter(0), reverse=True)
-        self._most_common = self._common[0][0] if self._common else 0.0
+        self._common = common
+        self._most_common = common[0][0] if common else 0.0
         self.match_length = max(length for _, length in matches)
 
     def extend(self, parent: int, token: int) -> int:
@@ -163,7 +169,10 @@ class SuffixLaw(ListedLaw):
         found = place.found
         if found is None:
             found = place.found = {}
-            place.rest = self._ask(self._contexts(place.matches), found, 1.0)
+            contexts = self._contexts(place.matches)
+            place.rest = _ask(
+                contexts, found, self._calibration_chances, self._max_successors, rank=0
+            )
         return found
 
     def _contexts(self, matches: tuple[Match, ...]) -> list[Context]:
@@ -185,32 +194,62 @@ class SuffixLaw(ListedLaw):
             contexts.sort(key=itemgetter(0), reverse=True)
         return contexts[: self._max_contexts]
 
-    def _ask(
-        self, contexts: Sequence[Context], found: dict[int, Found], rest: float, rank: int = 0
-    ) -> float:
-        """Adds what followed each match to `found`; returns the chance left for other tokens."""
-        known, cells_of = self._calibration_chances, SuffixCalibration.cells
-        for _, state, length, (automaton, source) in contexts:
-            ranked, total, latest = automaton.successors(state)
-            if found:
-                fresh = []
-                for pair in ranked:
-                    if pair[0] in found:
-                        total -= pair[1]
-                    else:
-                        fresh.append(pair)
-                ranked = fresh
-            if ranked:
-                ranked = ranked[: self._max_successors]
-                cells = cells_of(source, length, ranked, total, latest)
-                chances = [known[cell] for cell in cells]
-                together, scale = sum(chances), rest
-                if together > _CERTAIN:
-                    together, scale = _CERTAIN, rest * _CERTAIN / together
-                for (token, _), chance, cell in zip(ranked, chances, cells, strict=True):
-                    found[token] = chance * scale, token, cell, rank
-                rest *= 1.0 - together
-                if rest < 1.0 - _ENOUGH:
-                    return 0.0
-            rank += 1
-        return rest
+
+def _ask(
+    contexts: Sequence[Context],
+    found: dict[int, Found],
+    known: Sequence[float],
+    max_successors: int,
+    rank: int,
+) -> float:
+    """Adds what followed each match to `found`; returns the chance left for other tokens.
+
+    Args:
+        contexts: in the order of asking.
+        found: what came before.
+        known: chances of the calibration's cells.
+        max_successors: guesses of each match.
+        rank: of the first match.
+    """
+    rest, cells_of = 1.0, SuffixCalibration.cells
+    for _, state, length, (automaton, source) in contexts:
+        ranked, total, latest = automaton.successors(state)
+        if found:
+            fresh = []
+            for pair in ranked:
+                if pair[0] in found:
+                    total -= pair[1]
+                else:
+                    fresh.append(pair)
+            ranked = fresh
+        if ranked:
+            ranked = ranked[:max_successors]
+            cells = cells_of(source, length, ranked, total, latest)
+            chances = [known[cell] for cell in cells]
+            together, scale = sum(chances), rest
+            if together > _CERTAIN:
+                together, scale = _CERTAIN, rest * _CERTAIN / together
+            for (token, _), chance, cell in zip(ranked, chances, cells, strict=True):
+                found[token] = chance * scale, token, cell, rank
+            rest *= 1.0 - together
+            if rest < 1.0 - _ENOUGH:
+                return 0.0
+        rank += 1
+    return rest
+
+
+def commonest(
+    sources: Sequence[Source], calibration: SuffixCalibration, max_successors: int, rank: int
+) -> list[Found]:
+    """Returns the commonest tokens of this text and of the younger store, likely first.
+
+    Args:
+        sources: as of the law.
+        calibration: as of the law.
+        max_successors: tokens of each source.
+        rank: of the empty phrase, behind those of the matches.
+    """
+    found: dict[int, Found] = {}
+    contexts = [(0, 0, 0, source) for source in sources[:2]]
+    _ask(contexts, found, calibration.chances, max_successors, rank)
+    return sorted(found.values(), key=itemgetter(0), reverse=True)
