@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from specdec.cost import PassCost
 
@@ -11,6 +11,7 @@ _MEMORY = 0.98  # for each pass
 # that time; between passes of a text other code has run, and the machine has other guests
 _PRIOR = (4.0, 0.3)
 _LEAST_FACTOR = 0.1
+_PREFIXES = 16  # tokens, by which lengths of prefixes are told apart
 _LONGEST = 2.0  # times what was foretold; more is a pause of the machine
 
 
@@ -31,20 +32,37 @@ class PassClock:
         # passes, what nodes add, its square, the time, what nodes add x the time
         self._sums = [0.0] * 5
         self._factors = (1.0, 1.0)
+        self._known: dict[float, float] = {}  # of the table, behind prefixes of some length
+        self._known_at = -1
 
     def of(self, nodes: Sequence[float], context: float) -> list[float]:
         """Returns seconds for numbers of nodes behind prefixes of such a length."""
         base, slope = self._factors
-        least, *foretold = self._cost.of([1, *nodes], context)
-        least *= base - slope
-        return [least + slope * seconds for seconds in foretold]
+        foretold = self._foretold(context)
+        least = foretold(1) * (base - slope)
+        return [least + slope * foretold(number) for number in nodes]
+
+    def _foretold(self, context: float) -> Callable[[float], float]:
+        """Returns what the table says of a number of nodes; asked once while a text grows a bit."""
+        place = int(context) // _PREFIXES
+        if place != self._known_at:
+            self._known, self._known_at = {}, place
+        known = self._known
+
+        def seconds(number: float) -> float:
+            if number not in known:
+                (known[number],) = self._cost.of([number], place * _PREFIXES)
+            return known[number]
+
+        return seconds
 
     def scored(self, nodes: int, context: float, seconds: float) -> None:
         """Takes note of a pass."""
         if not self._follows:
             return
-        least, foretold = self._cost.of([1, nodes], context)
-        more = foretold / least - 1.0
+        foretold = self._foretold(context)
+        least = foretold(1)
+        more = foretold(nodes) / least - 1.0
         base, slope = self._factors
         took = min(seconds / least, _LONGEST * (base + slope * more))
         own = (1.0, more, more * more, took, more * took)
