@@ -5,7 +5,6 @@
 void block_linear(int form, const float *x, const uint8_t *weight, const float *bias, float *y,
                   int rows, int64_t num_inputs, int64_t num_outputs, int threads) {
     const struct product product = {weight, bias, num_inputs, num_outputs, (enum form)form};
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t panel = 0; panel < panels_of(num_outputs); panel++)
-        panel_of(&product, x, 0, y, rows, panel);
+#pragma omp parallel num_threads(threads)
+    multiply_shared(&product, x, 0, y, rows);
 }

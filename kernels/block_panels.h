@@ -11,6 +11,7 @@
  * bits whatever other rows it is multiplied with.
  */
 #pragma once
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX2__)
@@ -24,21 +25,23 @@ enum { OUTPUTS = 32, INPUTS = 32, MOST_ROWS = 128, AHEAD = 4096 };
 enum form {
     FLOAT32,
     BFLOAT16, /* the upper halves of float32 numbers */
-    INT8,     /* scale[32], then signed bytes q: q * scale */
-    INT4,     /* scale[32], low[32], then bytes of inputs 2i and 2i + 1: q * scale + low */
+    INT8,     /* float16 scale[32], then signed bytes q: q * scale */
+    INT4,     /* float16 scale[32] and low[32], then bytes of inputs 2i and 2i + 1: q * scale + low */
 };
 
-/* Vectors of the machine's own width, as many rows at once as leave registers free, and up to how
- * many rows numbers are decoded where they are multiplied. */
+/* Vectors of the machine's own width, as many rows at once as leave registers free, up to how many
+ * rows numbers are decoded where they are multiplied, and up to how many WIDE vectors of outputs are
+ * summed at once instead of two: a sum waits for the one before it, and others must fill the time. */
 #if defined(__AVX512F__)
-enum { LANES = 16, ROWS = 12, FEW = 12 };
+enum { LANES = 16, ROWS = 12, FEW = 12, FEWEST = 2 };
 #elif defined(__AVX2__)
-enum { LANES = 8, ROWS = 6, FEW = 5 };
+enum { LANES = 8, ROWS = 6, FEW = 5, FEWEST = 1 };
 #elif defined(__aarch64__)
-enum { LANES = 4, ROWS = 12, FEW = 12 };
+enum { LANES = 4, ROWS = 12, FEW = 12, FEWEST = 3 };
 #else
-enum { LANES = 4, ROWS = 6, FEW = 4 };
+enum { LANES = 4, ROWS = 6, FEW = 4, FEWEST = 1 };
 #endif
+enum { WIDE = 4 };
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 
 #define ALWAYS static inline __attribute__((always_inline))
@@ -47,8 +50,8 @@ ALWAYS int64_t bytes_of_block(enum form form) {
     switch (form) {
     case FLOAT32: return 4 * OUTPUTS * INPUTS;
     case BFLOAT16: return 2 * OUTPUTS * INPUTS;
-    case INT8: return 4 * OUTPUTS + OUTPUTS * INPUTS;
-    default: return 8 * OUTPUTS + OUTPUTS * INPUTS / 2;
+    case INT8: return 2 * OUTPUTS + OUTPUTS * INPUTS;
+    default: return 4 * OUTPUTS + OUTPUTS * INPUTS / 2;
     }
 }
 
@@ -101,28 +104,46 @@ WORDS(halves, uint16_t, uint16_t)
 #undef WORDS
 #endif
 
+/* LANES finite numbers of float16. */
+ALWAYS vec numbers_of(const uint16_t *x) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x));
+#elif defined(__F16C__) && defined(__AVX2__)
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x));
+#else
+    const words bits = halves(x), size = bits & 0x7fff, tiny = size < 0x400;
+    const words normal = (size << 13) + (112 << 23);
+    const words small = (words)(__builtin_convertvector(size, vec) * 0x1p-24f);
+    return (vec)((bits & 0x8000) << 16 | (tiny & small) | (~tiny & normal));
+#endif
+}
+
 /* What a vector of outputs is scaled by, and raised. */
 struct scale { vec by, low; };
 
 ALWAYS struct scale scale_of(enum form form, const uint8_t *block, int n) {
-    const float *by = (const float *)block + n;
+    const uint16_t *by = (const uint16_t *)block + n;
     struct scale scale = {{0}, {0}};
-    if (form == INT8 || form == INT4) scale.by = *(const vec *)by;
-    if (form == INT4) scale.low = *(const vec *)(by + OUTPUTS);
+    if (form == INT8 || form == INT4) scale.by = numbers_of(by);
+    if (form == INT4) scale.low = numbers_of(by + OUTPUTS);
     return scale;
 }
 
-/* Returns a vector of the numbers that outputs n and on have for input k. `odd` is k % 2, as a
- * constant; only 4-bit integers need it. */
-ALWAYS vec decoded(enum form form, const uint8_t *block, int k, int odd, int n,
-                   struct scale scale) {
-    const int at = k * OUTPUTS + n;
+/* Returns a vector of the numbers that outputs n and on have for input k; not of 4-bit integers. */
+ALWAYS vec decoded(enum form form, const uint8_t *block, int64_t k, int64_t n, struct scale scale) {
+    const int64_t at = k * OUTPUTS + n;
     if (form == FLOAT32) return *(const vec *)((const float *)block + at);
     if (form == BFLOAT16) return (vec)(halves((const uint16_t *)block + at) << 16);
-    if (form == INT8)
-        return __builtin_convertvector(signed_bytes(block + 4 * OUTPUTS + at), vec) * scale.by;
-    const words pair = unsigned_bytes(block + (8 + k / 2) * OUTPUTS + n);
-    return __builtin_convertvector(odd ? pair >> 4 : pair & 15, vec) * scale.by + scale.low;
+    return __builtin_convertvector(signed_bytes(block + 2 * OUTPUTS + at), vec) * scale.by;
+}
+
+/* Returns the 4-bit integers of outputs n and on for a pair of inputs. */
+ALWAYS words pair_of(const uint8_t *block, int64_t pair, int64_t n) {
+    return unsigned_bytes(block + (4 + pair) * OUTPUTS + n);
+}
+
+ALWAYS vec half_of(words pair, int second, struct scale scale) {
+    return __builtin_convertvector(second ? pair >> 4 : pair & 15, vec) * scale.by + scale.low;
 }
 
 /* Returns the block's numbers as float32, decoded into `room` where they are no such numbers. */
@@ -130,61 +151,103 @@ ALWAYS const float *decode(enum form form, const uint8_t *block, float *restrict
     if (form == FLOAT32) return (const float *)block;
     for (int n = 0; n < OUTPUTS; n += LANES) {
         const struct scale scale = scale_of(form, block, n);
-        for (int k = 0; k < INPUTS; k += 2)
-            for (int odd = 0; odd < 2; odd++)
-                *(vec *)(room + (k + odd) * OUTPUTS + n) =
-                    decoded(form, block, k + odd, odd, n, scale);
+        if (form == INT4)
+            for (int64_t i = 0; i < INPUTS / 2; i++) {
+                const words pair = pair_of(block, i, n);
+                *(vec *)(room + 2 * i * OUTPUTS + n) = half_of(pair, 0, scale);
+                *(vec *)(room + (2 * i + 1) * OUTPUTS + n) = half_of(pair, 1, scale);
+            }
+        else
+            for (int64_t k = 0; k < INPUTS; k++)
+                *(vec *)(room + k * OUTPUTS + n) = decoded(form, block, k, n, scale);
     }
     return room;
 }
 
-/* Adds the products of `count` rows with two vectors of outputs of a block; `form` and `count` are
- * constants to the compiler, which keeps the sums in registers. */
-ALWAYS void multiply(enum form form, const int count, const float *x, int64_t stride, int depth,
-                     const uint8_t *block, int n, float *sums) {
-    const struct scale scale[2] = {scale_of(form, block, n), scale_of(form, block, n + LANES)};
-    vec sum[ROWS][2];
-    for (int r = 0; r < count; r++)
-        for (int v = 0; v < 2; v++) sum[r][v] = *(const vec *)(sums + r * OUTPUTS + v * LANES);
-#define ADD(k, odd) \
+/* Adds the products of `count` rows with some vectors of outputs, from n on, of panels that lie `next`
+ * bytes apart. `form`, `count` and `vectors` are constants to the compiler, which keeps the sums in
+ * registers. */
+ALWAYS void multiply(enum form form, const int count, const int vectors, const float *x,
+                     int64_t stride, int64_t inputs, const uint8_t *block, int64_t next, int n,
+                     float *sums) {
+    const int64_t size = bytes_of_block(form), beside = vectors * LANES > OUTPUTS ? next : 0;
+    vec sum[ROWS][WIDE];
+#define BLOCK(v) (block + (n + (v) * LANES) / OUTPUTS * next)
+#define PLACE(v) ((n + (v) * LANES) % OUTPUTS)
+#define SUM(r, v) \
+    (*(vec *)(sums + (n + (v) * LANES) / OUTPUTS * MOST_ROWS * OUTPUTS + (r) * OUTPUTS + PLACE(v)))
+#define ADD(k, number) \
     { \
-        const vec first = decoded(form, block, k, odd, n, scale[0]); \
-        const vec second = decoded(form, block, k, odd, n + LANES, scale[1]); \
+        vec w[WIDE]; \
+        for (int v = 0; v < vectors; v++) w[v] = number; \
         for (int r = 0; r < count; r++) { \
             const float factor = x[r * stride + (k)]; \
-            sum[r][0] += first * factor; \
-            sum[r][1] += second * factor; \
+            for (int v = 0; v < vectors; v++) sum[r][v] += w[v] * factor; \
         } \
     }
-    if (form == INT4)
-        for (int k = 0; k < INPUTS; k += 2) { /* such weights have whole blocks */
-            ADD(k, 0)
-            ADD(k + 1, 1)
-        }
-    else
-        for (int k = 0; k < depth; k++) ADD(k, 0)
-#undef ADD
+    /* bit by bit: more fetches at once than a core can keep in mind make it wait */
+#define FETCH(i, part) \
+    if (form != FLOAT32 && n == 0) \
+        for (int v = 0; v < vectors; v += OUTPUTS / LANES) \
+            for (int64_t j = 0; j < (part); j += 64) \
+                __builtin_prefetch(BLOCK(v) + ahead + (i) * (part) + j);
     for (int r = 0; r < count; r++)
-        for (int v = 0; v < 2; v++) *(vec *)(sums + r * OUTPUTS + v * LANES) = sum[r][v];
+        for (int v = 0; v < vectors; v++) sum[r][v] = SUM(r, v);
+    for (int64_t k = 0; k < inputs; k += INPUTS, block += size, x += INPUTS) {
+        struct scale scale[WIDE];
+        /* behind a panel's end, past the one that is read beside it */
+        const int64_t ahead = AHEAD + (k / INPUTS * size + AHEAD >= next ? beside : 0);
+        for (int v = 0; v < vectors; v++) scale[v] = scale_of(form, BLOCK(v), PLACE(v));
+        if (form == INT4)
+            for (int64_t i = 0; i < INPUTS / 2; i++) { /* such weights have whole blocks */
+                words pair[WIDE];
+                FETCH(i, size / (INPUTS / 2))
+                for (int v = 0; v < vectors; v++) pair[v] = pair_of(BLOCK(v), i, PLACE(v));
+                ADD(2 * i, half_of(pair[v], 0, scale[v]))
+                ADD(2 * i + 1, half_of(pair[v], 1, scale[v]))
+            }
+        else
+            for (int64_t i = 0; i < (inputs - k < INPUTS ? inputs - k : INPUTS); i++) {
+                FETCH(i, size / INPUTS)
+                ADD(i, decoded(form, BLOCK(v), i, PLACE(v), scale[v]))
+            }
+    }
+    for (int r = 0; r < count; r++)
+        for (int v = 0; v < vectors; v++) SUM(r, v) = sum[r][v];
+#undef FETCH
+#undef ADD
+#undef SUM
+#undef PLACE
+#undef BLOCK
 }
 
-ALWAYS void multiply_some(enum form form, int count, const float *x, int64_t stride, int depth,
-                          const uint8_t *block, float *sums) {
-    for (int n = 0; n < OUTPUTS; n += 2 * LANES)
-        switch (count) {
+/* Adds the products of `count` rows with `panels` panels, which is a constant. */
+ALWAYS void multiply_some(enum form form, int count, const int panels, const float *x,
+                          int64_t stride, int64_t inputs, const uint8_t *block, int64_t next,
+                          float *sums) {
+    switch (count) {
 #define CASE(i) \
-    case i: multiply(form, i, x, stride, depth, block, n, sums + n); break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+    case i: { \
+        const int vectors = i <= FEWEST && panels * OUTPUTS >= WIDE * LANES ? WIDE : 2; \
+        if (panels == 1 || i <= FEWEST) /* else never called */ \
+            for (int n = 0; n < panels * OUTPUTS; n += vectors * LANES) \
+                multiply(form, i, vectors, x, stride, inputs, block, next, n, sums); \
+        break; \
+    }
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if defined(__AVX512F__) || defined(__aarch64__)
-            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
 #undef CASE
-        }
+    }
 }
 
-static void multiply_decoded(int count, const float *x, int64_t stride, int depth, const float *w,
+/* Adds the products of any number of rows with a block of float32 numbers. */
+static void multiply_decoded(int rows, const float *x, int64_t stride, int64_t inputs, const float *w,
                              float *sums) {
-    multiply_some(FLOAT32, count, x, stride, depth, (const uint8_t *)w, sums);
+    for (int r = 0; r < rows; r += ROWS)
+        multiply_some(FLOAT32, rows - r < ROWS ? rows - r : ROWS, 1, x + r * stride, stride, inputs,
+                      (const uint8_t *)w, 0, sums + r * OUTPUTS);
 }
 
 /* A weight [outputs, inputs], and what is added to its products. */
@@ -195,45 +258,63 @@ struct product {
     enum form form;
 };
 
-ALWAYS int64_t panels_of(int64_t outputs) { return (outputs + OUTPUTS - 1) / OUTPUTS; }
-
-ALWAYS void panel_in(enum form form, const struct product *p, const float *x, const float *added,
-                     float *y, int rows, int64_t panel) {
-    const int64_t blocks = (p->inputs + INPUTS - 1) / INPUTS, size = bytes_of_block(form);
-    float sums[MOST_ROWS * OUTPUTS] __attribute__((aligned(64)));
+/* Computes `panels` panels side by side, a constant to the compiler, from `panel` on. */
+ALWAYS void panels_in(enum form form, const int panels, const struct product *p, const float *x,
+                      const float *added, float *y, int rows, int64_t panel) {
+    const int64_t size = bytes_of_block(form), next = (p->inputs + INPUTS - 1) / INPUTS * size;
+    float sums[2 * MOST_ROWS * OUTPUTS] __attribute__((aligned(64)));
     float room[INPUTS * OUTPUTS] __attribute__((aligned(64)));
-    const uint8_t *block = p->weight + panel * blocks * size;
-    for (int i = 0; i < rows * OUTPUTS; i++) sums[i] = 0;
-    for (int64_t k = 0; k < p->inputs; k += INPUTS, block += size) {
-        for (int64_t i = 0; i < size; i += 64)
-            __builtin_prefetch(block + AHEAD + i, 0, 3);
-        const int depth = p->inputs - k < INPUTS ? (int)(p->inputs - k) : INPUTS;
-        if (form != FLOAT32 && rows <= FEW) {
-            multiply_some(form, rows, x + k, p->inputs, depth, block, sums);
+    const uint8_t *block = p->weight + panel * next;
+    for (int i = 0; i < panels; i++)
+        for (int j = 0; j < rows * OUTPUTS; j++) sums[i * MOST_ROWS * OUTPUTS + j] = 0;
+    const int few = panels > 1 || (form != FLOAT32 && rows <= FEW);
+    /* one after the other where vectors do not reach over a block: it stays in the caches meanwhile */
+    const int together = OUTPUTS <= (rows <= FEWEST ? WIDE : 2) * LANES;
+    const int64_t step = few && together ? p->inputs : INPUTS;
+    for (int64_t k = 0; k < p->inputs; k += step, block += size) {
+        const int64_t inputs = p->inputs - k < step ? p->inputs - k : step;
+        if (few) {
+            multiply_some(form, rows, panels, x + k, p->inputs, inputs, block, next, sums);
             continue;
         }
-        const float *w = decode(form, block, room);
-        for (int r = 0; r < rows; r += ROWS)
-            multiply_decoded(rows - r < ROWS ? rows - r : ROWS, x + r * p->inputs + k, p->inputs,
-                             depth, w, sums + r * OUTPUTS);
+        for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(block + AHEAD + i);
+        multiply_decoded(rows, x + k, p->inputs, inputs, decode(form, block, room), sums);
     }
-    const int64_t begin = panel * OUTPUTS;
-    const int64_t end = begin + OUTPUTS < p->outputs ? begin + OUTPUTS : p->outputs;
-    for (int r = 0; r < rows; r++)
-        for (int64_t n = begin; n < end; n++) {
-            const float sum = sums[r * OUTPUTS + n - begin] + (p->bias ? p->bias[n] : 0);
-            y[r * p->outputs + n] = added ? added[r * p->outputs + n] + sum : sum;
-        }
+    for (int i = 0; i < panels; i++) {
+        const int64_t begin = (panel + i) * OUTPUTS;
+        const int64_t end = begin + OUTPUTS < p->outputs ? begin + OUTPUTS : p->outputs;
+        for (int r = 0; r < rows; r++)
+            for (int64_t n = begin; n < end; n++) {
+                const float own = sums[i * MOST_ROWS * OUTPUTS + r * OUTPUTS + n - begin];
+                const float sum = own + (p->bias ? p->bias[n] : 0);
+                y[r * p->outputs + n] = added ? added[r * p->outputs + n] + sum : sum;
+            }
+    }
 }
 
-/* Computes 32 outputs of x [rows, inputs] in y [rows, outputs], both contiguous; rows is 1 to
- * MOST_ROWS. `added` is of y's shape, or NULL. */
-static void panel_of(const struct product *p, const float *x, const float *added, float *y,
-                     int rows, int64_t panel) {
-    switch (p->form) {
+/* Computes a thread's share of x [rows, inputs] in y [rows, outputs], both contiguous; rows is 1 to
+ * MOST_ROWS. `added` is of y's shape, or NULL. All threads of a parallel region call it, and wait at
+ * its end. */
+static void multiply_shared(const struct product *p, const float *x, const float *added, float *y,
+                            int rows) {
+    const int64_t all = (p->outputs + OUTPUTS - 1) / OUTPUTS, threads = omp_get_num_threads();
+    const int64_t own = omp_get_thread_num(), end = all * (own + 1) / threads;
+    for (int64_t panel = all * own / threads; panel < end;) {
+        /* one panel alone has too few sums for rows as few, each waiting for the one before */
+        const int beside = WIDE * LANES > OUTPUTS && rows <= FEWEST && panel + 1 < end;
+        const int panels = beside && (p->form == INT8 || p->form == INT4) ? 2 : 1;
+        switch (p->form) {
 #define CASE(form) \
-    case form: panel_in(form, p, x, added, y, rows, panel); break;
-        CASE(FLOAT32) CASE(BFLOAT16) CASE(INT8) CASE(INT4)
+    case form: \
+        if (panels > 1 && (form == INT8 || form == INT4)) \
+            panels_in(form, 2, p, x, added, y, rows, panel); \
+        else \
+            panels_in(form, 1, p, x, added, y, rows, panel); \
+        break;
+            CASE(FLOAT32) CASE(BFLOAT16) CASE(INT8) CASE(INT4)
 #undef CASE
+        }
+        panel += panels;
     }
+#pragma omp barrier
 }

@@ -107,8 +107,7 @@ int decoder(const struct layer *layers, int64_t num_layers, const struct ends *e
                      normed + (row * n->count + i) * hidden, hidden, ends->eps, ends->offset);
         }
     if (ends->head)
-#pragma omp parallel for schedule(static) num_threads(p.threads)
-        for (int64_t panel = 0; panel < panels_of(ends->head->outputs); panel++)
-            panel_of(ends->head, normed, 0, y, (int)(p.batch * n->count), panel);
+#pragma omp parallel num_threads(p.threads)
+        multiply_shared(ends->head, normed, 0, y, (int)(p.batch * n->count));
     return 0;
 }

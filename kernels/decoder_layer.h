@@ -6,8 +6,6 @@
  * out of a node is the same bits whatever other nodes there are, in its row or in others.
  */
 #pragma once
-#include <omp.h>
-
 #include "block_panels.h"
 #include "rms_norm.h"
 
@@ -247,7 +245,7 @@ static void run_layer(const struct layer *l, const struct pass *p, const float *
     _Pragma("omp for schedule(static)") for (int64_t i = 0; i < count; i++)
         SHARED_OUT(row, rows)
             norm_row(x + row * hidden, l->before, normed + row * hidden, hidden, l->eps, l->offset);
-        SHARED_OUT(panel, panels_of(line)) panel_of(&l->joined, normed, 0, joined, rows, panel);
+        multiply_shared(&l->joined, normed, 0, joined, rows);
         SHARED_OUT(row, rows)
             place(l, p, joined + row * line, keys, values, row / p->nodes, row % p->nodes);
         SHARED_OUT(task, p->batch * l->query_heads) {
@@ -255,17 +253,17 @@ static void run_layer(const struct layer *l, const struct pass *p, const float *
             attend_head(l, p, joined, keys, values, scores, attended, task / l->query_heads,
                         task % l->query_heads);
         }
-        SHARED_OUT(panel, panels_of(hidden)) panel_of(&l->output, attended, x, middle, rows, panel);
+        multiply_shared(&l->output, attended, x, middle, rows);
         SHARED_OUT(row, rows)
             norm_row(middle + row * hidden, l->between, normed + row * hidden, hidden, l->eps,
                      l->offset);
-        SHARED_OUT(panel, panels_of(2 * inner)) panel_of(&l->gates, normed, 0, gates, rows, panel);
+        multiply_shared(&l->gates, normed, 0, gates, rows);
         SHARED_OUT(row, rows) {
             const float *gate = gates + row * 2 * inner, *up = gate + inner;
             for (int64_t i = 0; i < inner; i++)
                 products[row * inner + i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
         }
-        SHARED_OUT(panel, panels_of(hidden)) panel_of(&l->down, products, middle, y, rows, panel);
+        multiply_shared(&l->down, products, middle, y, rows);
 #undef SHARED_OUT
     }
 }

@@ -101,11 +101,14 @@ def from_blocks(blocks: BlockWeight) -> Tensor:
 
 
 def _head(data: Tensor, vectors: int) -> tuple[list[Tensor], Tensor]:
-    """Splits blocks into their leading vectors ``[P, B, 1, 32]`` float32 and the bytes behind."""
-    size = 4 * SIZE
+    """Splits blocks into their leading vectors ``[P, B, 1, 32]`` of float16 and the bytes behind.
+
+    The vectors are returned as float32.
+    """
+    size = 2 * SIZE
     heads = [data[..., i * size : (i + 1) * size].contiguous() for i in range(vectors)]
     rest = data[..., vectors * size :].contiguous()
-    return [head.view(torch.float32).unsqueeze(2) for head in heads], rest
+    return [head.view(torch.float16).float().unsqueeze(2) for head in heads], rest
 
 
 def _in_blocks(values: Tensor) -> Tensor:
@@ -164,6 +167,8 @@ def _as_int4(weight: Tensor) -> Tensor | None:
     grouped = weight.view(weight.shape[0], -1, SIZE)
     low = grouped.amin(dim=2, keepdim=True)
     scale = _float16((grouped.amax(dim=2, keepdim=True) - low) / _STEPS)
+    if not _same(_float16(low), low):
+        return None
     integers = _divided(grouped - low, scale)
     # q * scale is exact, 4 bits times 11, so that one rounding is left in whatever order
     if integers.max() > _STEPS or not _same((integers * scale + low).view_as(weight), weight):
@@ -181,9 +186,9 @@ _MAKERS = {
 
 
 def _heads(values: Tensor) -> Tensor:
-    """Returns numbers of blocks ``[N, B, 1]`` as ``[P, B, 32]``."""
+    """Returns numbers of blocks ``[N, B, 1]`` as ``[P, B, 32]`` float16, which holds them."""
     padded = pad(values.squeeze(2), (0, 0, 0, -values.shape[0] % SIZE))
-    return padded.view(-1, SIZE, padded.shape[1]).transpose(1, 2)
+    return padded.view(-1, SIZE, padded.shape[1]).transpose(1, 2).to(torch.float16)
 
 
 def _divided(numbers: Tensor, scale: Tensor) -> Tensor:

@@ -64,6 +64,22 @@ def test_sizes_that_fill_no_block(impl: str, outputs: int, inputs: int) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("form", [Form.INT8, Form.INT4])
+def test_scales_of_all_sizes_that_float16_has(form: Form) -> None:
+    """Tiny ones among them, which have fewer digits: what is decoded are the very numbers."""
+    sizes = torch.tensor([2.0**-24, 3 * 2.0**-24, 2.0**-15, 2.0**-14, 1e-3, 1.0, 1.5, 30000.0])
+    scales = torch.cat([sizes, 2 * sizes]).half().float().unsqueeze(1)
+    largest, low = (127, -127) if form == Form.INT8 else (15, 0)
+    integers = torch.randint(low, largest + 1, (16, 64)).float()
+    integers[:, ::32], integers[:, 1::32] = largest, low
+    weight = integers * scales - (scales.flip(0) if form == Form.INT4 else 0)
+    blocks = to_blocks(weight, form)
+    for count in (1, 2, 3, 13):
+        got = [block_linear(rows, blocks) for rows in torch.eye(64).split(count)]
+        assert torch.equal(torch.cat(got).T, weight)
+
+
+@needs_compiler
 @pytest.mark.parametrize("form", list(Form))
 def test_a_row_does_not_depend_on_the_others(form: Form) -> None:
     """Bit for bit, so that a tree's linear layers round as one token's do; NaN rows included."""
