@@ -141,36 +141,45 @@ ALWAYS void score(const int count, const struct pass *p, float scale, const floa
                 scores[slot * count + r] += mask[r * p->mask_line + slot];
 }
 
-/* Makes shares of scores, in the order of the slots; divides by nothing yet. */
-ALWAYS void weigh(const int count, int64_t visible, float *scores, float *sums) {
-    for (int r = 0; r < count; r++) {
-        float most = -INFINITY;
-        for (int64_t slot = 0; slot < visible; slot++)
-            most = scores[slot * count + r] > most ? scores[slot * count + r] : most;
-        sums[r] = most == -INFINITY ? 0 : most; /* it sees nothing: no NaN, which would spread */
-    }
-    for (int64_t slot = 0; slot < visible; slot++)
-        for (int r = 0; r < count; r++)
-            scores[slot * count + r] = exponential(scores[slot * count + r] - sums[r]);
-    for (int r = 0; r < count; r++) sums[r] = 0;
-    for (int64_t slot = 0; slot < visible; slot++)
-        for (int r = 0; r < count; r++) sums[r] += scores[slot * count + r];
+/* Returns the larger number of each lane; of NaN and another the other. */
+ALWAYS vec larger(vec x, vec y) {
+    const lanes is = (x > y) | (y != y);
+    return (vec)(((lanes)x & is) | ((lanes)y & ~is));
 }
 
-/* Adds up `vectors` of the values of all slots, by their scores. */
-ALWAYS void gather(const int count, const int vectors, int64_t visible, const float *values,
-                   const float *scores, const float *sums, float *outputs, int64_t line,
-                   int64_t width) {
-    vec sum[TOGETHER][4];
+/* Makes shares of scores, which are divided by nothing yet. */
+ALWAYS void weigh(const int count, int64_t visible, float *scores) {
+    const int64_t entries = visible * count;
+    vec most = load(scores);
+    for (int i = 0; i < LANES; i++) scores[entries + i] = -INFINITY; /* there is room */
+    for (int64_t i = 0; i < entries; i += LANES) most = larger(load(scores + i), most);
+    for (int half = LANES / 2; half >= count; half /= 2)
+        for (int i = 0; i < half; i++) most[i] = most[i + half] > most[i] ? most[i + half] : most[i];
     for (int r = 0; r < count; r++)
-        for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
+        if (most[r] == -INFINITY) most[r] = 0; /* it sees nothing: no NaN, which would spread */
     for (int64_t slot = 0; slot < visible; slot++)
+        for (int r = 0; r < count; r++)
+            scores[slot * count + r] = exponential(scores[slot * count + r] - most[r]);
+}
+
+/* Adds up shares and `vectors` of the values of all slots, in their order. */
+ALWAYS void gather(const int count, const int vectors, int64_t visible, const float *values,
+                   const float *scores, float *outputs, int64_t line, int64_t width) {
+    vec sum[TOGETHER][4];
+    float shares[TOGETHER];
+    for (int r = 0; r < count; r++) {
+        shares[r] = 0;
+        for (int v = 0; v < vectors; v++) sum[r][v] = (vec){0};
+    }
+    for (int64_t slot = 0; slot < visible; slot++) {
+        for (int r = 0; r < count; r++) shares[r] += scores[slot * count + r];
         for (int v = 0; v < vectors; v++) {
             const vec value = load(values + slot * width + v * LANES);
             for (int r = 0; r < count; r++) sum[r][v] += value * scores[slot * count + r];
         }
+    }
     for (int r = 0; r < count; r++) {
-        const float share = sums[r] > 0 ? 1.0f / sums[r] : sums[r]; /* 0 and NaN stay */
+        const float share = shares[r] > 0 ? 1.0f / shares[r] : shares[r]; /* 0 and NaN stay */
         for (int v = 0; v < vectors; v++) store(outputs + r * line + v * LANES, sum[r][v] * share);
     }
 }
@@ -180,14 +189,13 @@ ALWAYS void gather(const int count, const int vectors, int64_t visible, const fl
 ALWAYS void attend(const int count, const struct pass *p, float scale, const float *queries,
                    int64_t query_line, const float *keys, const float *values, const float *mask,
                    float *scores, float *outputs, int64_t line, int64_t width) {
-    float sums[TOGETHER];
     int64_t i = 0;
     score(count, p, scale, queries, query_line, keys, mask, scores, width);
-    weigh(count, p->visible, scores, sums);
+    weigh(count, p->visible, scores);
     for (; i + 4 * LANES <= width; i += 4 * LANES)
-        gather(count, 4, p->visible, values + i, scores, sums, outputs + i, line, width);
+        gather(count, 4, p->visible, values + i, scores, outputs + i, line, width);
     for (; i < width; i += LANES)
-        gather(count, 1, p->visible, values + i, scores, sums, outputs + i, line, width);
+        gather(count, 1, p->visible, values + i, scores, outputs + i, line, width);
 }
 
 static void attend_head(const struct layer *l, const struct pass *p, const float *joined,
