@@ -47,6 +47,13 @@ class BlockWeight(NamedTuple):
     num_inputs: int
 
 
+def first_outputs(blocks: BlockWeight, count: int) -> BlockWeight:
+    """Returns a view of the first outputs of a weight, whole panels of them."""
+    panels = max(1, count // SIZE)
+    outputs = min(panels * SIZE, blocks.num_outputs)
+    return blocks._replace(data=blocks.data[:panels], num_outputs=outputs)
+
+
 def to_blocks(weight: Tensor, form: Form | None = None) -> BlockWeight:
     """Returns a weight in blocks, from which `from_blocks` makes the same numbers again.
 

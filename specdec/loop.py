@@ -191,12 +191,13 @@ class DecodeLoop:
             self._stats.target_passes += 1
         drafter = self._parts.drafter
         learns = drafter is not None and (drafter.needs.every_step or self._parts.budget.learns())
+        all_logits = scores.of(trees)
         tops: Sequence[TopTokens | None] = [None] * len(trees)
         if learns:
             with self._stats.timed("verify"):
-                tops = self._target.top_tokens(trees, scores)
+                tops = self._target.top_tokens(all_logits)
         try:
-            for row, tree, logits, top in zip(active, trees, scores.logits, tops, strict=True):
+            for row, tree, logits, top in zip(active, trees, all_logits, tops, strict=True):
                 self._verify(row, tree, logits, steps, top)
         finally:
             for step in steps:
@@ -237,7 +238,7 @@ class DecodeLoop:
     ) -> None:
         """Lets the verifier decide; adds to `steps` what became text, also when it raises."""
         verifier = self._parts.verifier
-        step = Step(row.index, [], tree, [], logits[: len(tree)])
+        step = Step(row.index, [], tree, [], logits)
         law = ProcessedLaw(
             tree,
             logits,
@@ -285,7 +286,7 @@ def _outcome(
         step.tree,
         step.path,
         step.tokens,
-        scores.logits[place],
+        step.logits,
         None if scores.features is None else scores.features[place, :nodes],
         None if scores.probes is None else scores.probes[place, :nodes],
         top,

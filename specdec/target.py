@@ -45,6 +45,12 @@ class Scores(NamedTuple):
     features: Tensor | None
     probes: Tensor | None = None
 
+    def of(self, trees: Sequence[DraftTree]) -> list[Tensor]:
+        """Returns the logits ``[n, V]`` of each tree's own nodes."""
+        width = self.logits.shape[1]
+        pairs = zip(self.logits.unbind(), trees, strict=True)
+        return [own if len(tree) == width else own[: len(tree)] for own, tree in pairs]
+
 
 class TargetModel:
     """Scores trees for the rows of one call; rows advance by different amounts.
@@ -211,19 +217,15 @@ class TargetModel:
         features = None if features is None else features[:, :width].clone()
         return Scores(logits[:, :width].clone(), features)
 
-    def top_tokens(
-        self, trees: Sequence[DraftTree], scores: Scores
-    ) -> Sequence[TopTokens] | Sequence[None]:
+    def top_tokens(self, logits: Sequence[Tensor]) -> Sequence[TopTokens] | Sequence[None]:
         """Returns the likeliest tokens behind the nodes of each tree, if the drafter asked for any.
 
         Args:
-            trees: those that were scored.
-            scores: of them.
+            logits: of the nodes of each, as `Scores.of` returns them.
         """
         if not self._node_top_k:
-            return [None] * len(trees)
-        pairs = zip(scores.logits, trees, strict=True)
-        return top_tokens([logits[: len(tree)] for logits, tree in pairs], self._node_top_k)
+            return [None] * len(logits)
+        return top_tokens(logits, self._node_top_k)
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps each row's root and accepted nodes; everything else of the last pass is gone."""

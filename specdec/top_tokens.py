@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from specdec.kernels.top_k_rows import takes_first, top_k_rows
+from specdec.kernels.top_k_rows import takes_first, top_k_rows, top_k_rows_native
 from specdec.types import TopTokens
 
 _MOST_COPIED = 1 << 20  # entries; 4 MB of float32, what fits in the caches of one core
@@ -27,6 +27,8 @@ def top_tokens(trees: Sequence[Tensor], k: int) -> list[TopTokens]:
         sizes = list(map(len, trees))
         both = torch.split(ids.cpu(), sizes), torch.split(logits.cpu(), sizes)
         parts = list(zip(*both, strict=True))
+    elif first:  # on the host already
+        parts = [(ids, logits) for logits, ids in (top_k_rows_native(own, k) for own in trees)]
     else:
         selected = [top_k_rows(own, k) for own in trees]
         parts = [(ids.cpu(), logits.cpu()) for logits, ids in selected]

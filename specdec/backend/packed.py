@@ -22,13 +22,15 @@ from specdec.backend.linear_formats import FORMATS, PackedWeight, reason_against
 from specdec.backend.norms import NativeNorm, StandIn, native_norms
 from specdec.backend.shared_inputs import shared_inputs
 from specdec.errors import ConfigError
+from specdec.kernels.block_linear import block_linear
 from specdec.kernels.layer_parts import Product
+from specdec.kernels.weight_blocks import first_outputs
 
 _SMALLEST = 1 << 16  # entries of a weight below which a call costs more than its products
 _TIMED_ROWS = (1, 4, 8, 16)
 _TIMED_BYTES = 64 << 20  # of weights of one shape, in turn: the caches must not hold them all
 _REPEATS = 5
-_MANY_ROWS, _MANY_REPEATS = 256, 3  # of a prompt
+_MANY_ROWS, _MANY_OUTPUTS, _MANY_REPEATS = 256, 1 << 15, 3  # of a prompt
 _TIE = 1.1  # within which a packed layout is taken before `linear`, so that noise seldom decides
 _TOLERANCE = 1e-5  # of a packed product, relative to the largest one
 _SHARE_OF_MEMORY = 0.5  # of what is free, that packed weights may take unasked
@@ -277,13 +279,15 @@ class _Group:
     def is_faster_for_many(self) -> bool:
         """Returns whether the packed product is faster than `linear` for the rows of a prompt."""
         assert self.packed is not None
-        if self.packed.most_rows is None:
+        if self.packed.product is None:
             return True
-        weight, bias = self.weights()
+        # a vocabulary's outputs for so many rows would take a quarter of a gigabyte
+        blocks = first_outputs(self.packed.product.weight, _MANY_OUTPUTS)
+        weight = self.weights()[0][: blocks.num_outputs]
         rows = torch.ones(_MANY_ROWS, weight.shape[1])
         ways: list[Callable[[Tensor], Tensor]] = [
-            self.packed.run,
-            partial(linear, weight=weight, bias=bias),
+            partial(block_linear, weight=blocks),
+            partial(linear, weight=weight),
         ]
         packed, own = (min([_seconds([way], rows) for _ in range(_MANY_REPEATS)]) for way in ways)
         return packed * _TIE < own
