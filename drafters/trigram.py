@@ -17,7 +17,7 @@ from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import NOTHING, ListedLaw, at_most_certain
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.drafters.scored_nodes import ScoredNodes
-from specdec.drafters.slots import StoredRow, log_shares_of
+from specdec.drafters.slots import StoredRow, listed_log_shares, log_shares_of
 from specdec.drafters.trained_table import TrainedTable, load_table
 from specdec.errors import ConfigError, StateError
 from specdec.types import (
@@ -35,6 +35,7 @@ from specdec.types import (
 _SOURCES = ("pair", "single", "rest")
 _PAIR, _SINGLE, _REST = range(3)
 _NO_MODEL = object()
+_FEW = 12  # rows for which plain lists take less time than numpy's calls
 SourcedRow = tuple[int, StoredRow]  # with the place of its source
 
 
@@ -339,6 +340,10 @@ class Trigram(LearningDrafter):
         logits: Tensor,
         order: Sequence[int] | None = None,
     ) -> None:
+        if len(seconds) <= _FEW:
+            log_shares = listed_log_shares(logits.tolist())
+            self._store.write_listed(firsts, seconds, ids.tolist(), log_shares, order, alone=True)
+            return
         successors = ids.numpy().astype(np.int32)
         self._store.write(firsts, seconds, successors, log_shares_of(logits), order, alone=True)
 
