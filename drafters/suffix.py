@@ -15,6 +15,7 @@ from specdec.errors import ConfigError, StateError
 from specdec.types import DraftContext, DrafterNeeds, PromptRows, StepOutcome, TargetInfo
 
 _LEADING_TOKENS = 4  # of the prompt that are stored before an output, so that its start matches
+_STEADY_TOKENS = 32  # the most for which the ranking of the commonest ones stands
 _REMATCHED_TOKENS = 32  # of the text that are matched again when the store has changed
 
 
@@ -107,13 +108,14 @@ class Suffix(LearningDrafter):
         return text.law
 
     def _common(self, text: _RowText, sources: Sequence[Source]) -> Sequence[Found]:
-        """Returns the commonest tokens, ranked anew when a text has grown by a sixteenth."""
+        """Returns the commonest tokens, ranked anew now and then: they change slowly."""
         size, version = len(text.own), self._store.version
         if size >= text.common_until or version != text.common_version:
             text.common = commonest(
                 sources, self._calibration, self._max_successors, rank=self._max_contexts
             )
-            text.common_until, text.common_version = size + size // 16 + 1, version
+            text.common_until = size + min(size // 16, _STEADY_TOKENS) + 1
+            text.common_version = version
         return text.common
 
     def match_length(self, row: int) -> int:

@@ -16,7 +16,7 @@ from specdec.kernels.native import library, why_not
 from specdec.kernels.weight_blocks import BlockWeight, from_blocks
 
 IMPLEMENTATIONS = ("reference", "native")
-MOST_ROWS = 128  # of one call of C, as in block_linear.c
+MOST_ROWS = 128  # of one call of C, as in block_panels.h
 _SOURCE = Path(__file__).with_suffix(".c")
 
 

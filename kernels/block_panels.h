@@ -30,8 +30,8 @@ enum form {
 };
 
 /* Vectors of the machine's own width, as many rows at once as leave registers free, up to how many
- * rows numbers are decoded where they are multiplied, and up to how many WIDE vectors of outputs are
- * summed at once instead of two: a sum waits for the one before it, and others must fill the time. */
+ * rows numbers are decoded where they are multiplied, and up to how many rows WIDE vectors of outputs
+ * are summed at once instead of two: a sum waits for the one before it, others must fill the time. */
 #if defined(__AVX512F__)
 enum { LANES = 16, ROWS = 12, FEW = 12, FEWEST = 2 };
 #elif defined(__AVX2__)
@@ -245,9 +245,13 @@ ALWAYS void multiply_some(enum form form, int count, const int panels, const flo
 /* Adds the products of any number of rows with a block of float32 numbers. */
 static void multiply_decoded(int rows, const float *x, int64_t stride, int64_t inputs, const float *w,
                              float *sums) {
-    for (int r = 0; r < rows; r += ROWS)
-        multiply_some(FLOAT32, rows - r < ROWS ? rows - r : ROWS, 1, x + r * stride, stride, inputs,
-                      (const uint8_t *)w, 0, sums + r * OUTPUTS);
+    for (int r = 0, some; r < rows; r += some) {
+        const int left = rows - r;
+        /* a few rows alone would leave the processor idle: the last ones are halved */
+        some = left <= ROWS ? left : left < ROWS + ROWS / 2 ? (left + 1) / 2 : ROWS;
+        multiply_some(FLOAT32, some, 1, x + r * stride, stride, inputs, (const uint8_t *)w, 0,
+                      sums + r * OUTPUTS);
+    }
 }
 
 /* A weight [outputs, inputs], and what is added to its products. */

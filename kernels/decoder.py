@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels.block_linear import MOST_ROWS
-from specdec.kernels.decoder_layer import IMPLEMENTATIONS, SOURCE, DecoderLayers
+from specdec.kernels.decoder_layer import IMPLEMENTATIONS, SOURCE, DecoderLayers, fits_product
 from specdec.kernels.decoder_reference import decoder_reference
 from specdec.kernels.layer_parts import DecoderCall, Ends, LayerParts
 from specdec.kernels.layer_structs import (
@@ -49,7 +49,7 @@ class Decoder:
         tensors = (ends.embedding, ends.norm.weight)
         plain = all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
         fits = ends.embedding.shape[1:] == ends.norm.weight.shape == (hidden,)
-        if not plain or not fits or (ends.head and ends.head.weight.num_inputs != hidden):
+        if not plain or not fits or (ends.head and not fits_product(ends.head, hidden)):
             raise ValueError(
                 f"a decoder takes an embedding [V, {hidden}], a norm [{hidden}] and a head "
                 f"[V', {hidden}], all float32 on the CPU; got {[list(t.shape) for t in tensors]}"
@@ -86,35 +86,32 @@ class Decoder:
         count = nodes if keep is None else len(keep)
         by_position = call.cos.dim() == 2
         starts = array("q", call.starts)
+        row_stride, head_stride = call.caches.strides
         shared = PassStruct(
-            call.cos.data_ptr(),
-            call.sin.data_ptr(),
-            None,
-            None,
-            starts.buffer_info()[0],
-            batch,
-            nodes,
-            call.visible,
-            0 if len(call.cos) == 1 else nodes * self.layers.layers[0].width,
-            0,
-            0,
-            0,
-            *call.caches.strides,
-            torch.get_num_threads(),
+            cos=call.cos.data_ptr(),
+            sin=call.sin.data_ptr(),
+            starts=starts.buffer_info()[0],
+            batch=batch,
+            nodes=nodes,
+            visible=call.visible,
+            angle_stride=0 if len(call.cos) == 1 else nodes * self.layers.layers[0].width,
+            row_stride=row_stride,
+            head_stride=head_stride,
+            threads=torch.get_num_threads(),
         )
         asked = NodesStruct(
-            tokens.data_ptr(),
-            positions.data_ptr(),
-            None if ancestors is None else ancestors.data_ptr(),
-            None if keep is None else keep.data_ptr(),
-            positions.shape[1],
-            count,
-            call.window or 0,
-            len(call.cos) if by_position else 0,
+            tokens=tokens.data_ptr(),
+            positions=positions.data_ptr(),
+            ancestors=None if ancestors is None else ancestors.data_ptr(),
+            wanted=None if keep is None else keep.data_ptr(),
+            tree=positions.shape[1],
+            count=count,
+            window=call.window or 0,
+            angles=len(call.cos) if by_position else 0,
         )
         room, run = _functions()
-        work = torch.empty(room(self.layers.structs, shared))
-        output = torch.empty(batch, count, self._width)
+        work = torch.empty(room(self.layers.structs, shared), dtype=torch.float32)
+        output = torch.empty(batch, count, self._width, dtype=torch.float32)
         failed = run(
             self.layers.structs,
             len(self.layers.layers),
@@ -132,7 +129,8 @@ class Decoder:
             )
         if failed == _NO_ANGLES:
             raise ValueError(
-                f"there are angles for {len(call.cos)} positions; got {int(positions.max())}"
+                f"there are angles for {len(call.cos)} positions; got {int(positions.min())} to "
+                f"{int(positions.max())}"
             )
         return output
 
@@ -152,6 +150,7 @@ def _check(parts: LayerParts, num_layers: int, call: DecoderCall) -> None:
         and len(positions) == batch
         and tree >= nodes
         and cos.shape == sin.shape
+        and len(cos) > 0
         and cos.dtype is torch.float32
         and sin.dtype is torch.float32
         and cos.is_contiguous()
@@ -159,6 +158,8 @@ def _check(parts: LayerParts, num_layers: int, call: DecoderCall) -> None:
         and (cos.dim() == 2 or cos.shape[:2] in ((batch, nodes), (1, nodes)))
         and cos.shape[-1] == parts.width
     )
+    for tensor in (tokens, positions, ancestors, cos, sin):
+        fits = fits and (tensor is None or tensor.is_cpu)
     if ancestors is not None:
         fits = fits and ancestors.dtype is torch.bool and ancestors.shape == (batch, nodes, tree)
     if not fits:
@@ -173,10 +174,11 @@ def _check(parts: LayerParts, num_layers: int, call: DecoderCall) -> None:
         raise ValueError(f"{nodes} nodes from slots {list(starts)} are not among {visible} slots")
     if visible > shape[2]:
         raise ValueError(f"the cache has {shape[2]} slots, {visible} are to be looked at")
-    if keep is not None and (
-        keep.dtype is not torch.int64 or not 0 <= int(keep.min()) <= int(keep.max()) < nodes
-    ):
-        raise ValueError(f"keep must name some of {nodes} nodes, int64; got {keep}")
+    if keep is None:
+        return
+    fits = keep.dtype is torch.int64 and keep.is_cpu and keep.dim() == 1 and 0 < len(keep) <= nodes
+    if not fits or int(keep.min()) < 0 or int(keep.max()) >= nodes:
+        raise ValueError(f"keep must name some of {nodes} nodes, int64 on the CPU; got {keep}")
 
 
 @functools.cache

@@ -150,8 +150,9 @@ ALWAYS vec larger(vec x, vec y) {
 /* Makes shares of scores, which are divided by nothing yet. */
 ALWAYS void weigh(const int count, int64_t visible, float *scores) {
     const int64_t entries = visible * count;
+    /* there is room, and what stands there was not masked */
+    for (int i = 0; i < LANES; i++) scores[entries + i] = -INFINITY;
     vec most = load(scores);
-    for (int i = 0; i < LANES; i++) scores[entries + i] = -INFINITY; /* there is room */
     for (int64_t i = 0; i < entries; i += LANES) most = larger(load(scores + i), most);
     for (int half = LANES / 2; half >= count; half /= 2)
         for (int i = 0; i < half; i++) most[i] = most[i + half] > most[i] ? most[i + half] : most[i];

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from specdec.kernels.block_linear import MOST_ROWS
 from specdec.kernels.decoder_reference import layers_reference
-from specdec.kernels.layer_parts import LayerCall, LayerParts
+from specdec.kernels.layer_parts import LayerCall, LayerParts, Product
 from specdec.kernels.layer_structs import LayerStruct, PassStruct, layer_structs
 from specdec.kernels.native import library, why_not
 
@@ -78,24 +78,24 @@ class DecoderLayers:
         rows, mask = call.rows.contiguous(), call.mask
         batch, nodes, _ = rows.shape
         starts = array("q", call.starts)
+        row_stride, head_stride = call.caches.strides
         shared = PassStruct(
-            call.cos.data_ptr(),
-            call.sin.data_ptr(),
-            None,
-            None if mask is None else mask.data_ptr(),
-            starts.buffer_info()[0],
-            batch,
-            nodes,
-            call.visible,
-            nodes * self.layers[0].width if len(call.cos) > 1 else 0,
-            0,
-            0 if mask is None or len(mask) == 1 else mask.stride(0),
-            0 if mask is None else mask.stride(2),
-            *call.caches.strides,
-            torch.get_num_threads(),
+            cos=call.cos.data_ptr(),
+            sin=call.sin.data_ptr(),
+            mask=None if mask is None else mask.data_ptr(),
+            starts=starts.buffer_info()[0],
+            batch=batch,
+            nodes=nodes,
+            visible=call.visible,
+            angle_stride=nodes * self.layers[0].width if len(call.cos) > 1 else 0,
+            mask_stride=0 if mask is None or len(mask) == 1 else mask.stride(0),
+            mask_line=0 if mask is None else mask.stride(2),
+            row_stride=row_stride,
+            head_stride=head_stride,
+            threads=torch.get_num_threads(),
         )
         room, run = _functions()
-        work = torch.empty(room(self.structs, shared))
+        work = torch.empty(room(self.structs, shared), dtype=torch.float32)
         output = torch.empty_like(rows)
         run(
             self.structs,
@@ -130,7 +130,7 @@ def _check_parts(parts: LayerParts) -> None:
         and parts.gates.weight.num_inputs == hidden
         and all(p.weight.num_outputs == n for p, n in zip(products, outputs, strict=True))
         and all(_is_plain(norm.weight, (size,)) for norm, size in norms)
-        and all(p.bias is None or _is_plain(p.bias, (p.weight.num_outputs,)) for p in products)
+        and all(fits_product(p, p.weight.num_inputs) for p in products)
         and parts.before[1:] == parts.between[1:]
         and len(norms) in (2, 4)
         and len({norm[1:] for norm, _ in norms[2:]}) <= 1
@@ -191,6 +191,13 @@ def _check_call(layers: Sequence[LayerParts], call: LayerCall) -> None:
         raise ValueError(f"{nodes} nodes from slots {list(starts)} are not among {visible} slots")
     if visible > shape[2]:
         raise ValueError(f"the cache has {shape[2]} slots, {visible} are to be looked at")
+
+
+def fits_product(product: Product, num_inputs: int) -> bool:
+    """Returns whether a product is of so many inputs, and its bias one that C code can read."""
+    weight, bias = product
+    plain = bias is None or _is_plain(bias, (weight.num_outputs,))
+    return weight.num_inputs == num_inputs and plain
 
 
 def _is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""What a decoder layer of the Llama kind is made of, and what a pass hands to it."""
+"""What a decoder of the Llama kind and its layers are made of, and what a pass hands to them."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 Checkpoints are seldom made of arbitrary float32 numbers. Most were bfloat16 before they were loaded
 as float32; those from a quantised file are small integers times a scale. Such weights are kept as
 what they are: decoding gives the same float32 numbers, bit for bit, so products do not change, and
-a pass reads a half to a fifth of the memory. `block_linear.c` has the layout.
+a pass reads a half to a sixth of the memory. `block_panels.h` has the layout.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _STEPS = 15  # from the lowest to the highest number of a block of 4-bit integer
 
 
 class Form(enum.IntEnum):
-    """How a block's numbers are stored; the values are those of `enum form` in block_linear.c."""
+    """How a block's numbers are stored; the values are those of `enum form` in block_panels.h."""
 
     FLOAT32 = 0
     BFLOAT16 = 1

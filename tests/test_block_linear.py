@@ -106,17 +106,21 @@ def test_a_prompts_rows_are_taken_some_at_a_time(rows: int) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_share_the_outputs(threads: int) -> None:
-    weight, x = torch.randn(200, 64), torch.randn(5, 64)
-    before = torch.get_num_threads()
-    expected = block_linear(x, to_blocks(weight))
+@pytest.mark.parametrize("form", list(Form))
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16])
+def test_threads_share_the_outputs(form: Form, rows: int) -> None:
+    """Seven panels, some of which stand alone in a share and others go in pairs: the same bits."""
+    weight, x = weight_of(form, 220, 1536), torch.randn(rows, 1536)
+    blocks, before = to_blocks(weight), torch.get_num_threads()
+    every = [to_blocks(panel, form) for panel in weight.split(32)]
     try:
-        torch.set_num_threads(threads)
-        got = block_linear(x, to_blocks(weight))
+        torch.set_num_threads(1)
+        expected = torch.cat([block_linear(x, panel) for panel in every], dim=1)
+        for threads in (1, 2, 3, 4, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(block_linear(x, blocks), expected)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(got, expected)
 
 
 @needs_compiler

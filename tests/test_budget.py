@@ -154,6 +154,23 @@ def test_the_chance_to_get_to_a_level_falls() -> None:
     assert 0 < reach[-1] < reach[0] < 1
 
 
+def test_levels_forget_for_as_long_as_a_text_goes_on() -> None:
+    """Against counts that fade at every step, over more steps than a float has room to grow in."""
+    levels, generator = Levels(6), np.random.default_rng(0)
+    hits, trials = np.zeros(6), np.zeros(6)
+    for _ in range(20_000):
+        depth = int(generator.integers(1, 7))
+        accepted = int(generator.integers(0, depth + 1))
+        levels.observe(depth, accepted)
+        hits = 0.95 * hits + (np.arange(6) < accepted)
+        trials = 0.95 * trials + (np.arange(6) < depth)
+    expected, above = [], 1.0
+    for hit, trial in zip(hits, trials, strict=True):
+        above = min(above, (hit + 0.6 * above) / (trial + 1.0))
+        expected.append(above)
+    assert levels.reach() == pytest.approx(expected)
+
+
 def test_a_cold_first_draft_is_soon_forgotten() -> None:
     budget = AutoBudget(CHEAP)
     widths = []
@@ -416,6 +433,15 @@ def test_pass_costs_follow_the_passes_of_the_text() -> None:
     table = PassClock(CHEAP, follows=False)
     table.scored(9, 64, 5.0)
     assert table.of([1, 65], 64) == pytest.approx([1.0, 1.6])
+
+
+def test_what_a_pass_costs_is_asked_again_when_a_text_has_grown() -> None:
+    cost = PassCost(rows=(1, 9), contexts=(0, 1000), seconds=((1.0, 2.0), (3.0, 6.0)))
+    clock = PassClock(cost, follows=False)
+    for context in (0, 5, 500, 512, 1000, 20, 0):
+        expected = cost.of([1, 4, 9], context // 16 * 16)
+        assert clock.of([1, 4, 9], context) == pytest.approx(expected)
+        assert clock.of([1, 4, 9], context) == pytest.approx(cost.of([1, 4, 9], context), rel=0.04)
 
 
 @pytest.mark.parametrize(

@@ -111,12 +111,42 @@ def test_many_rows() -> None:
     assert_alike(decoder(), call_of([5], [list(range(-1, 127))]))
 
 
-def test_a_nodes_bits_are_its_own() -> None:
-    own = decoder()
-    every, _, _ = results(own, call_of([8], [BUSH]), "native")
-    call = call_of([8], [BUSH])
-    some, _, _ = results(own, call._replace(keep=torch.tensor([3])), "native")
-    assert torch.equal(every[:, [3]], some)
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 9, 40])
+def test_a_nodes_bits_are_its_own(length: int) -> None:
+    """Those of its path alone, token by token, also in a batch whose slots it does not see."""
+    own, path = decoder(), [0, 1, 3]
+    call = call_of([length, length + 4], [BUSH, BUSH])
+    for strange in (*call.caches.keys, *call.caches.values):
+        strange[0, :, length:] *= 1e4  # of earlier steps
+    caches = LayerCaches(
+        [keys[:1].clone() for keys in call.caches.keys],
+        [values[:1].clone() for values in call.caches.values],
+    )
+    together, _, _ = results(own, call, "native")
+    for depth, node in enumerate(path):
+        alone = own.run(
+            call._replace(
+                tokens=call.tokens[:1, node : node + 1],
+                positions=call.positions[:1, node : node + 1],
+                ancestors=None,
+                caches=caches,
+                starts=[length + depth],
+                visible=length + depth + 1,
+            )
+        )
+        assert torch.equal(alone[0, 0], together[0, node])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torchs_default_dtype_plays_no_part(dtype: torch.dtype) -> None:
+    own, call = decoder(), call_of([5, 8], [BUSH, CHAIN])
+    expected = results(own, call, "native")
+    torch.set_default_dtype(dtype)
+    try:
+        got = results(own, call, "native")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, expected))
 
 
 def test_what_is_expanded_is_read_as_it_looks() -> None:
@@ -142,7 +172,7 @@ def test_a_token_that_is_not_in_the_vocabulary(token: int, impl: str) -> None:
 def test_a_position_without_angles() -> None:
     call = call_of([3], [CHAIN])
     call.positions[0, -1] = len(call.cos)
-    with pytest.raises(ValueError, match=r"angles for 11 positions; got 11"):
+    with pytest.raises(ValueError, match=r"angles for 11 positions; got 3 to 11"):
         decoder().run(call)
 
 
@@ -156,7 +186,15 @@ def test_a_position_without_angles() -> None:
         ({"starts": [2, 2]}, r"6 nodes from slots \[2, 2\] are not among 8 slots"),
         ({"starts": [3]}, r"6 nodes from slots \[3\] are not among 8 slots"),
         ({"visible": 12}, r"the cache has 11 slots, 12 are to be looked at"),
+        ({"cos": torch.zeros(0, 32), "sin": torch.zeros(0, 32)}, r"takes up to 128 tokens"),
+        (
+            {"tokens": torch.zeros(1, 6, dtype=torch.int64, device="meta")},
+            r"takes up to 128 tokens",
+        ),
         ({"keep": torch.tensor([6])}, r"keep must name some of 6 nodes"),
+        ({"keep": torch.tensor([-1])}, r"keep must name some of 6 nodes"),
+        ({"keep": torch.zeros(7, dtype=torch.int64)}, r"keep must name some of 6 nodes"),
+        ({"keep": torch.zeros(0, dtype=torch.int64)}, r"keep must name some of 6 nodes"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
@@ -173,6 +211,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         ends._replace(embedding=ends.embedding.double()),
         ends._replace(norm=Norm(torch.ones(32), 1e-5)),
         ends._replace(head=Product(to_blocks(torch.ones(9, 32)))),
+        ends._replace(head=Product(to_blocks(torch.ones(9, HIDDEN)), torch.ones(8))),
     ):
         with pytest.raises(ValueError, match=r"a decoder takes an embedding \[V, 48\]"):
             Decoder(own.layers.layers, wrong)

@@ -202,6 +202,41 @@ def test_a_node_has_the_same_bits_in_any_company(nodes: int) -> None:
     assert torch.equal(tree_keys[0, 0, :, start + at], keys[0, :, start : start + nodes])
 
 
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("start", [0, 1, 3, 14])
+def test_what_is_masked_is_not_the_largest_score(start: int, nodes: int) -> None:
+    """Few slots, fewer than a vector has lanes, and a longer row beside."""
+    own = layer()
+    call = call_of(own, [start, start + 5], nodes)
+    assert call.mask is not None
+    call.mask[0, 0, :, start + 1 :] = LOWEST  # each sees the first node
+    for caches in (call.caches.keys, call.caches.values):
+        caches[0][0, :, start + nodes :] *= 1e4
+    alone = LayerCall(
+        call.rows[:1, :1],
+        call.cos[:1, :1],
+        call.sin[:1, :1],
+        LayerCaches([call.caches.keys[0][:1].clone()], [call.caches.values[0][:1].clone()]),
+        [start],
+        None,
+        start + 1,
+    )
+    expected = own.run(alone)
+    assert torch.equal(results(own, call, "native")[0][0, 0], expected[0, 0])
+
+
+def test_torchs_default_dtype_plays_no_part() -> None:
+    own = layer()
+    call = call_of(own, [4], 3)
+    expected = results(own, call, "native")[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = results(own, call, "native")[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, expected)
+
+
 def test_nan_stays_in_its_row_and_nothing_seen_is_nothing_read() -> None:
     own = layer()
     call = call_of(own, [3, 5], 4)

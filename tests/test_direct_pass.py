@@ -260,6 +260,54 @@ def test_within_a_call_hooks_are_noticed(runs: list[tuple[int, ...]]) -> None:
     assert runs
 
 
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens", "model.norm", "model.layers.1.input_layernorm"]
+)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_parameters_that_moved_are_read_where_they_are(
+    name: str, replaced: bool, runs: list[tuple[int, ...]]
+) -> None:
+    model = tiny.make_model("llama", **WIDE)
+    generator = SpeculativeGenerator(model, drafter=None, packed_weights="blocks")
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    prompt = tiny.ids(tiny.prompt(8))
+    before = generator.generate(prompt, **arguments)
+    module = model.get_submodule(name)
+    other = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0))
+    if replaced:
+        module.weight = nn.Parameter(other)
+    else:
+        module.weight.data = other
+    plain = SpeculativeGenerator(model, drafter=None, packed_weights=None)
+    expected = plain.generate(prompt, **arguments)
+    runs.clear()
+    assert torch.equal(generator.generate(prompt, **arguments), expected)
+    assert runs
+    assert not torch.equal(expected, before)
+
+
+def test_within_a_call_autocast_and_another_attention_are_noticed(
+    runs: list[tuple[int, ...]],
+) -> None:
+    backend = backend_of()
+    cache = backend.new_cache(1, 8)
+
+    @torch.no_grad()
+    def one_more() -> bool:
+        runs.clear()
+        backend.forward(cache, torch.tensor([[3]]), torch.tensor([[cache.lengths[0]]]), None)
+        cache.advance([1])
+        return bool(runs)
+
+    assert one_more()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not one_more()
+    backend.model.set_attn_implementation("eager")
+    assert not one_more()
+    backend.model.set_attn_implementation("sdpa")
+    assert one_more()
+
+
 def test_training_autocast_and_gradients_go_the_models_way(runs: list[tuple[int, ...]]) -> None:
     backend = backend_of()
     runs.clear()
@@ -271,6 +319,9 @@ def test_training_autocast_and_gradients_go_the_models_way(runs: list[tuple[int,
     backend.model.set_attn_implementation("eager")
     one_token(backend)
     backend.model.set_attn_implementation("sdpa")
+    with torch.enable_grad():
+        cache = backend.new_cache(1, 8)
+        backend.forward(cache, tiny.ids([5]), torch.tensor([[0]]), torch.ones(1, 1, 1).bool())
     assert not runs
     one_token(backend)
     assert runs

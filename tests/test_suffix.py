@@ -383,6 +383,27 @@ def test_reset_forgets_everything() -> None:
     drafter.attach(TargetInfo(VOCAB + 1))
 
 
+def commonest(drafter: Suffix, text: list[int]) -> int:
+    """Returns what is guessed first where nothing matches."""
+    return drafter.law(context(text)).guesses(0).tokens[0]
+
+
+def test_the_commonest_tokens_follow_the_text_and_the_store() -> None:
+    drafter = Suffix()
+    text = [5, 6, 5, 7, 5, 8, 5, 9] * 4 + [20]
+    drafter.start(0, text, None)
+    assert commonest(drafter, text) == 5
+    for token in range(21, 61):  # another token becomes the commonest, and nothing ever matches
+        text += [3, token]
+        commonest(drafter, text)
+    assert commonest(drafter, text) == 3
+    drafter.start(1, [], None)
+    drafter.law(context([11, 50, 11, 51, 11, 52, 11, 53] * 30, 1))
+    drafter.stop(1)  # its text goes to the store
+    stored = drafter.law(context(text)).guesses(0).tokens
+    assert 11 in stored
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ConfigError, match=r"max_store_tokens.*got -1"):
         Suffix(max_store_tokens=-1)

@@ -73,6 +73,14 @@ class AsFound:
             made._weights += part._weights
         return made
 
+    @property
+    def moved(self) -> bool:
+        """Whether a parameter that is read without asking its module is another one by now."""
+        return any(
+            parameters["weight"] is not weight or weight.data_ptr() != address
+            for parameters, weight, address in self._weights
+        )
+
     def holds(self) -> bool:
         """Returns whether all is as it was, not in training, and nobody looks at the parts."""
         # loops: over hundreds of parts a generator takes twice the time

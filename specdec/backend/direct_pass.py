@@ -33,7 +33,7 @@ _TRIAL_PROMPT, _TRIAL_PARENTS, _TRIAL_DEPTHS = 3, (-1, 0, 0, 2), (0, 1, 1, 2)
 
 
 class DirectPass:
-    """The parts of a model whose decoder layers are all fused, called one after the other.
+    """The parts of a model whose decoder layers are all fused, run in one call.
 
     Args:
         model: a causal language model with the modules of a Llama.
@@ -81,16 +81,17 @@ class DirectPass:
         self._model = model
         self.look()
 
+    @property
+    def moved(self) -> bool:
+        """Whether it reads parameters that the model has no more."""
+        return self._found.moved
+
     def look(self) -> None:
         """Looks whether the model is as it was found: before a call, as it costs what a norm does.
 
-        Within a call hooks are noticed, and training.
+        Within a call hooks are noticed, training, gradients, autocast and another attention.
         """
-        self._as_found = (
-            self._found.holds()
-            and self._config._attn_implementation == _ATTENTION
-            and not torch.is_autocast_enabled("cpu")
-        )
+        self._as_found = self._found.holds()
         self._hooks_so_far = RemovableHandle.next_id
 
     def serves(self, tokens: Tensor, ancestors: Tensor | None) -> bool:
@@ -103,6 +104,8 @@ class DirectPass:
             (ancestors is not None or (nodes == 1 and self._window is None))
             and batch * nodes <= MOST_ROWS
             and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and self._config._attn_implementation == _ATTENTION
             and not self._model.training
             and self._as_found
         )
@@ -117,10 +120,8 @@ class DirectPass:
     ) -> Tensor:
         """Returns ``[B, N, V]`` (or ``[B, K, V]``) logits; see `TreeModel.forward`."""
         visible = cache.visible
-        # a node stands nowhere behind its slot
-        cos, sin = self._angles.of(self._embedding, positions, visible)
-        if cos.dim() == 3:
-            cos, sin = (angles[:, -tokens.shape[1] :].contiguous() for angles in (cos, sin))
+        # no position is beyond its slot
+        cos, sin = self._angles.of(self._embedding, positions[:, -tokens.shape[1] :], visible)
         starts = cache.starts
         assert starts is not None
         output = self._decoder.run(

@@ -77,7 +77,8 @@ class TreeModel:
         self._device, self._dtype = self.device, self.model.dtype
         if self.packed is not None:
             self.packed.refresh()
-            if self._fused is not self.packed.fused:
+            moved = self.direct is not None and self.direct.moved
+            if self._fused is not self.packed.fused or moved:
                 self._fused = self.packed.fused
                 self.direct = None  # of other weights
                 self.direct = direct_pass(self, self.packed)

@@ -120,7 +120,7 @@ class PackedLinears:
             if group.shape not in self._for_prompts and group.packed is not None:
                 self._for_prompts[group.shape] = group.is_faster_for_many()
             group.for_prompts = self._for_prompts.get(group.shape, True)
-        if stale or not self._stand_ins:
+        if stale or not self._stand_ins or any(layer.found.moved for layer in self._fused):
             products: Products = {tuple(group.members): group.packed for group in self._groups}
             self._fused = fused_layers(self._modules, products, self._norms)
             self._stand_ins = [
