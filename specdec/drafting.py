@@ -58,14 +58,15 @@ class Drafting:
                 nodes that the verifier is not exact for.
         """
         drafter = self._parts.drafter
+        plans: dict[int, tuple[DraftLaw, GrowPlan]] = {}
         grown: dict[int, DraftTree] = {}
         if drafter is not None:
             allotted = self._parts.budget.allot([row.index for row in rows], context)
-            plans = {}
             for place, (row, own) in enumerate(zip(rows, allotted, strict=True)):
-                budget = self._within_text(row, own)
+                budget = self._within_text(row, own) if own.nodes else own
                 if budget.nodes and budget.depth:
                     plans[place] = self._plan(place, row, budget)
+        if drafter is not None and plans:
             trees = grow_trees(list(plans.values()), drafter.expand)
             grown = dict(zip(plans, map(self._checked, trees), strict=True))
         return [

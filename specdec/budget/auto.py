@@ -16,6 +16,7 @@ from specdec.types import Budget, StepOutcome
 
 _FIRST_NODES = 4
 _FEWEST_GROWN = 8
+_PLAIN_PASSES = 4  # of a pause, one of which is noted: they are alike
 _SLOPE_NODES = 8  # over which the cost of a node more is taken
 _HOPEFUL = 0.5  # of what a node costs it must be worth to be grown; what is scored is weighed again
 
@@ -75,6 +76,7 @@ class AutoBudget:
         self._allowed = _FIRST_NODES
         self._last_width = _FIRST_NODES
         self._asked = False
+        self._unscored = 0  # passes since the last that was noted
         self._prepared = True
 
     def allot(self, rows: Sequence[int], context: float) -> list[Budget]:
@@ -135,7 +137,11 @@ class AutoBudget:
         ]
 
     def scored(self, num_nodes: int, context: float, seconds: float) -> None:
-        """Corrects what passes are taken to cost."""
+        """Corrects what passes are taken to cost, in a pause by one of a few."""
+        self._unscored += 1
+        if not self._asked and self._unscored < _PLAIN_PASSES:
+            return
+        self._unscored = 0
         rows_per_node = self._rows_per_node if self._prepared else 1
         self._passes.scored(num_nodes * rows_per_node, context, seconds)
 

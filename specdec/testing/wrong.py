@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from specdec.drafters.base import BaseDrafter
 from specdec.drafters.listed_law import ListedLaw
-from specdec.types import DraftContext, DraftLaw, Guesses, StepOutcome
+from specdec.types import DraftContext, DrafterNeeds, DraftLaw, Guesses, StepOutcome
 
 _CHANCES = [0.9, 0.06, 0.03]
 
@@ -23,6 +23,7 @@ class AlwaysWrong(BaseDrafter):
     """
 
     name = "always_wrong"
+    needs = DrafterNeeds(every_step=False)
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
