@@ -164,9 +164,9 @@ ALWAYS const float *decode(enum form form, const uint8_t *block, float *restrict
     return room;
 }
 
-/* Adds the products of `count` rows with some vectors of outputs, from n on, of panels that lie `next`
- * bytes apart. `form`, `count` and `vectors` are constants to the compiler, which keeps the sums in
- * registers. */
+/* Adds the products of `count` rows with some vectors of outputs, from n on, of panels that lie
+ * `next` bytes apart. `form`, `count` and `vectors` are constants to the compiler, which keeps the
+ * sums in registers. */
 ALWAYS void multiply(enum form form, const int count, const int vectors, const float *x,
                      int64_t stride, int64_t inputs, const uint8_t *block, int64_t next, int n,
                      float *sums) {
@@ -243,8 +243,8 @@ ALWAYS void multiply_some(enum form form, int count, const int panels, const flo
 }
 
 /* Adds the products of any number of rows with a block of float32 numbers. */
-static void multiply_decoded(int rows, const float *x, int64_t stride, int64_t inputs, const float *w,
-                             float *sums) {
+static void multiply_decoded(int rows, const float *x, int64_t stride, int64_t inputs,
+                             const float *w, float *sums) {
     for (int r = 0, some; r < rows; r += some) {
         const int left = rows - r;
         /* a few rows alone would leave the processor idle: the last ones are halved */
@@ -272,7 +272,7 @@ ALWAYS void panels_in(enum form form, const int panels, const struct product *p,
     for (int i = 0; i < panels; i++)
         for (int j = 0; j < rows * OUTPUTS; j++) sums[i * MOST_ROWS * OUTPUTS + j] = 0;
     const int few = panels > 1 || (form != FLOAT32 && rows <= FEW);
-    /* one after the other where vectors do not reach over a block: it stays in the caches meanwhile */
+    /* block by block where vectors do not reach over one: it stays in the caches meanwhile */
     const int together = OUTPUTS <= (rows <= FEWEST ? WIDE : 2) * LANES;
     const int64_t step = few && together ? p->inputs : INPUTS;
     for (int64_t k = 0; k < p->inputs; k += step, block += size) {

@@ -7,8 +7,8 @@ enum { NO_TOKEN = 1, NO_ANGLES = 2 };
 
 /* What stands around the layers. */
 struct ends {
-    const float *embedding;    /* [vocabulary, hidden] */
-    const float *norm;         /* [hidden], of what goes into the head */
+    const float *embedding;     /* [vocabulary, hidden] */
+    const float *norm;          /* [hidden], of what goes into the head */
     const struct product *head; /* null for none: what would go into it is what is wanted */
     int64_t vocabulary;
     float eps, offset;
@@ -72,9 +72,9 @@ static void write_mask(const struct pass *p, const struct nodes *n, float *mask)
     }
 }
 
-/* Writes y [batch, count, outputs of the head], or [batch, count, hidden] without a head. Keys and values of
- * each layer are written to. Returns 0, or 1 where a token is not in the vocabulary, or 2 where there
- * are no angles for a position. */
+/* Writes y [batch, count, outputs of the head], or [batch, count, hidden] without a head, and each
+ * layer's keys and values. Returns 0, or NO_TOKEN where one is not in the vocabulary, or NO_ANGLES
+ * where there are none for a position. */
 int decoder(const struct layer *layers, int64_t num_layers, const struct ends *ends,
             const struct pass *pass, const struct nodes *n, float *y, float *const *keys,
             float *const *values, float *room) {
