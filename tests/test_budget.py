@@ -435,6 +435,18 @@ def test_pass_costs_follow_the_passes_of_the_text() -> None:
     assert table.of([1, 65], 64) == pytest.approx([1.0, 1.6])
 
 
+def test_in_a_pause_one_pass_of_four_is_noted() -> None:
+    """Those of a pause are alike; one behind a tree is always noted."""
+    budget, noted = AutoBudget(CHEAP), []
+    budget._passes.scored = lambda *pass_: noted.append(pass_)  # type: ignore[method-assign]
+    for asked, expected in ((False, 3), (True, 12)):
+        noted.clear()
+        budget._asked = asked
+        for _ in range(12):
+            budget.scored(1, 64, 1.0)
+        assert len(noted) == expected
+
+
 def test_what_a_pass_costs_is_asked_again_when_a_text_has_grown() -> None:
     cost = PassCost(rows=(1, 9), contexts=(0, 1000), seconds=((1.0, 2.0), (3.0, 6.0)))
     clock = PassClock(cost, follows=False)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_decoder_layer import parts_of
-from torch import Tensor
+from test_decoder_layer import assert_alike, parts_of, results
 
 from specdec.kernels.decoder import Decoder
 from specdec.kernels.decoder_layer import why_not_native
@@ -19,7 +18,6 @@ pytestmark = pytest.mark.skipif(
     why_not_native() is not None, reason=f"no native code: {why_not_native()}"
 )
 HIDDEN, VOCABULARY, WIDTH, HEADS, LAYERS = 48, 70, 32, 2, 3
-TOLERANCE = 3e-6  # relative to the largest entry
 
 
 def decoder(*, head: bool = True, outputs: int = VOCABULARY) -> Decoder:
@@ -67,20 +65,6 @@ def call_of(
         visible,
         None if keep is None else torch.tensor(keep),
     )
-
-
-def results(own: Decoder, call: DecoderCall, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns output, keys and values; the call may be run again."""
-    keys, values = torch.stack(call.caches.keys), torch.stack(call.caches.values)
-    output = own.run(call._replace(caches=LayerCaches(keys, values)), impl=impl)
-    return output, keys, values
-
-
-def assert_alike(own: Decoder, call: DecoderCall) -> None:
-    expected, got = results(own, call, "reference"), results(own, call, "native")
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.shape == theirs.shape
-        assert float((mine - theirs).abs().max()) <= TOLERANCE * float(theirs.abs().max())
 
 
 CHAIN, BUSH = [-1, 0, 1, 2, 3, 4], [-1, 0, 0, 1, 1, 2]

@@ -91,16 +91,17 @@ def call_of(
     )
 
 
-def results(own: DecoderLayers, call: LayerCall, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns output, keys and values; the call may be run again."""
+def results(own: Any, call: Any, impl: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns output, keys and values of layers or a decoder; the call may be run again."""
     keys, values = torch.stack(call.caches.keys), torch.stack(call.caches.values)
     output = own.run(call._replace(caches=LayerCaches(keys, values)), impl=impl)
     return output, keys, values
 
 
-def assert_alike(own: DecoderLayers, call: LayerCall) -> None:
+def assert_alike(own: Any, call: Any) -> None:
     expected, got = results(own, call, "reference"), results(own, call, "native")
     for mine, theirs in zip(got, expected, strict=True):
+        assert mine.shape == theirs.shape
         assert float((mine - theirs).abs().max()) <= TOLERANCE * float(theirs.abs().max())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -260,6 +260,22 @@ def test_within_a_call_hooks_are_noticed(runs: list[tuple[int, ...]]) -> None:
     assert runs
 
 
+def assert_it_follows(change: Callable[[Any], None], runs: list[tuple[int, ...]]) -> None:
+    """Changes a model between two calls, the second of which goes directly again."""
+    model = tiny.make_model("llama", **WIDE)
+    generator = SpeculativeGenerator(model, drafter=None, packed_weights="blocks")
+    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    prompt = tiny.ids(tiny.prompt(8))
+    before = generator.generate(prompt, **arguments)
+    change(model)
+    plain = SpeculativeGenerator(model, drafter=None, packed_weights=None)
+    expected = plain.generate(prompt, **arguments)
+    runs.clear()
+    assert torch.equal(generator.generate(prompt, **arguments), expected)
+    assert runs
+    assert not torch.equal(expected, before)
+
+
 @pytest.mark.parametrize(
     "name", ["model.embed_tokens", "model.norm", "model.layers.1.input_layernorm"]
 )
@@ -267,23 +283,15 @@ def test_within_a_call_hooks_are_noticed(runs: list[tuple[int, ...]]) -> None:
 def test_parameters_that_moved_are_read_where_they_are(
     name: str, replaced: bool, runs: list[tuple[int, ...]]
 ) -> None:
-    model = tiny.make_model("llama", **WIDE)
-    generator = SpeculativeGenerator(model, drafter=None, packed_weights="blocks")
-    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-    prompt = tiny.ids(tiny.prompt(8))
-    before = generator.generate(prompt, **arguments)
-    module = model.get_submodule(name)
-    other = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0))
-    if replaced:
-        module.weight = nn.Parameter(other)
-    else:
-        module.weight.data = other
-    plain = SpeculativeGenerator(model, drafter=None, packed_weights=None)
-    expected = plain.generate(prompt, **arguments)
-    runs.clear()
-    assert torch.equal(generator.generate(prompt, **arguments), expected)
-    assert runs
-    assert not torch.equal(expected, before)
+    def change(model: Any) -> None:
+        module = model.get_submodule(name)
+        other = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(0))
+        if replaced:
+            module.weight = nn.Parameter(other)
+        else:
+            module.weight.data = other
+
+    assert_it_follows(change, runs)
 
 
 def test_within_a_call_autocast_and_another_attention_are_noticed(
@@ -328,21 +336,13 @@ def test_training_autocast_and_gradients_go_the_models_way(runs: list[tuple[int,
 
 
 def test_weights_written_to_count_from_the_next_call_on(runs: list[tuple[int, ...]]) -> None:
-    model = tiny.make_model("llama", **WIDE)
-    generator = SpeculativeGenerator(model, drafter=None, packed_weights="blocks")
-    arguments: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-    prompt = tiny.ids(tiny.prompt(8))
-    before = generator.generate(prompt, **arguments)
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
-        model.model.embed_tokens.weight.mul_(0.5)
-        model.lm_head.weight.roll(1, 0)
-    plain = SpeculativeGenerator(model, drafter=None, packed_weights=None)
-    expected = plain.generate(prompt, **arguments)
-    runs.clear()
-    assert torch.equal(generator.generate(prompt, **arguments), expected)
-    assert runs
-    assert not torch.equal(expected, before)
+    def change(model: Any) -> None:
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+            model.model.embed_tokens.weight.mul_(0.5)
+            model.lm_head.weight.roll(1, 0)
+
+    assert_it_follows(change, runs)
 
 
 def test_a_models_first_layers_go_directly_too(runs: list[tuple[int, ...]]) -> None:
