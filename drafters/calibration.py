@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,17 +15,23 @@ _EDGES = np.log(np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95], dty
 # the bucket of every float16, by its bits: one look where a bisection would take twice as long
 _FLOAT16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 _FLOAT16[np.isnan(_FLOAT16)] = -np.inf  # of a damaged file: as unlikely as can be
-_BUCKETS = np.searchsorted(_EDGES, _FLOAT16).astype(np.uint8).tobytes()
+BUCKETS = np.searchsorted(_EDGES, _FLOAT16).astype(np.uint8)
+_BUCKETS = BUCKETS.tobytes()
+_NUM_BUCKETS = len(_EDGES) + 1
 _PRIOR_STRENGTH = 20.0
 
 
 class Calibration:
     """Counts how often a guess of a given rank and survivor share was the next token.
 
-    The counts are plain lists, since a guess looks up one.
-
     Args:
         num_ranks: guesses of a row.
+
+    Attributes:
+        hits: how often a guess was right, by rank and bucket: ``[num_ranks * buckets]`` float64.
+            No numpy arrays, since a guess looks up one cell; C code counts in the same memory.
+        trials: how often it was made.
+        of_cells: hits by trials.
     """
 
     def __init__(self, num_ranks: int) -> None:
@@ -34,9 +41,8 @@ class Calibration:
         self._set(_PRIOR_STRENGTH * chance, np.full(chance.shape, _PRIOR_STRENGTH))
 
     def _set(self, hits: np.ndarray, trials: np.ndarray) -> None:
-        self._hits: list[list[float]] = hits.tolist()
-        self._trials: list[list[float]] = trials.tolist()
-        self._chances: list[list[float]] = (hits / trials).tolist()
+        self.hits, self.trials = array("d", hits.ravel()), array("d", trials.ravel())
+        self.of_cells = array("d", (hits / trials).ravel())
 
     def chances(self, share_bits: Sequence[int]) -> list[float]:
         """Returns the chance of each guess of a row, falling: a worse rank is not likelier.
@@ -45,9 +51,10 @@ class Calibration:
             share_bits: of each guess, the log of its share among those that were kept, as the bits
                 of a float16.
         """
-        falling, least = [], 1.0
-        for chances, bits in zip(self._chances, share_bits, strict=False):
-            chance = chances[_BUCKETS[bits]]
+        falling, least, first, of_cells = [], 1.0, 0, self.of_cells
+        for bits in share_bits:
+            chance = of_cells[first + _BUCKETS[bits]]
+            first += _NUM_BUCKETS
             if chance < least:
                 least = chance
             falling.append(least)
@@ -55,25 +62,26 @@ class Calibration:
 
     def most(self, share_bits: Sequence[int]) -> float:
         """Returns the largest of `chances`."""
-        return min(self._chances[0][_BUCKETS[share_bits[0]]], 1.0) if share_bits else 0.0
+        return min(self.of_cells[_BUCKETS[share_bits[0]]], 1.0) if share_bits else 0.0
 
     def record(self, rank: int, share_bits: int, hit: bool) -> None:
         """Counts a guess whose true token has become known."""
-        bucket = _BUCKETS[share_bits]
-        hits, trials = self._hits[rank], self._trials[rank]
-        hits[bucket] += hit
-        trials[bucket] += 1.0
-        self._chances[rank][bucket] = hits[bucket] / trials[bucket]
+        cell = _NUM_BUCKETS * rank + _BUCKETS[share_bits]
+        self.hits[cell] += hit
+        self.trials[cell] += 1.0
+        self.of_cells[cell] = self.hits[cell] / self.trials[cell]
 
     def state(self) -> LearnedState:
         """Returns the counts."""
-        return LearnedState({"hits": np.array(self._hits), "trials": np.array(self._trials)})
+        hits, trials = np.array(self.hits), np.array(self.trials)
+        shape = (-1, _NUM_BUCKETS)
+        return LearnedState({"hits": hits.reshape(shape), "trials": trials.reshape(shape)})
 
     @staticmethod
     def restored(state: LearnedState, num_ranks: int) -> Calibration:
         """Returns the calibration of a state. Raises StateError if it does not fit."""
         calibration = Calibration(num_ranks)
-        shape = (num_ranks, len(_EDGES) + 1)
+        shape = (num_ranks, _NUM_BUCKETS)
         hits = state.array("hits", shape, np.float64)
         trials = state.array("trials", shape, np.float64)
         if not (hits > 0).all() or not (trials > 0).all():

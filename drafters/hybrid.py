@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -14,7 +14,9 @@ from torch import Tensor
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import guesses_of, rows_of
 from specdec.errors import ConfigError, StateError
+from specdec.kernels.drafting import MOST_MIXED
 from specdec.trees.heap import is_listed
+from specdec.trees.native_law import NativeLaw, NativeTrust
 from specdec.types import (
     DraftContext,
     Drafter,
@@ -55,12 +57,14 @@ class Hybrid(LearningDrafter):
 
     def __init__(self, sources: Sequence[Drafter]) -> None:
         names = [source.name for source in sources]
-        if not sources or len(set(names)) < len(names):
-            raise ConfigError(f"a hybrid needs sources with different names, got {names}")
+        if not sources or len(set(names)) < len(names) or len(names) > MOST_MIXED:
+            raise ConfigError(
+                f"a hybrid needs 1 to {MOST_MIXED} sources with different names, got {names}"
+            )
         self.sources = tuple(sources)
         self.needs = self._united_needs()
-        self._trust: dict[tuple[int, ...], _Trust] = {}  # by the sources' classes
-        self._laws: dict[int, _MixedLaw] = {}
+        self._believe(_Trust.nothing(len(sources)))
+        self._laws: dict[int, _MixedLaw | NativeLaw] = {}
 
     def attach(self, target: TargetInfo) -> None:
         """Attaches the sources; some know only now what they read of the target.
@@ -91,12 +95,21 @@ class Hybrid(LearningDrafter):
         """Returns the mixed law behind the row's text."""
         laws = [source.law(context) for source in self.sources]
         listed = [law for law in laws if is_listed(law)]
-        law = _ListedMixture(self, listed) if len(listed) == len(laws) else _MixedLaw(self, laws)
+        native = [law for law in laws if isinstance(law, NativeLaw)]
+        law: _MixedLaw | NativeLaw
+        if len(native) == len(laws):
+            law = self._native_trust().mixture(native)
+        elif len(listed) == len(laws):
+            law = _ListedMixture(self, listed)
+        else:
+            law = _MixedLaw(self, laws)
         self._laws[context.row] = law
         return law
 
     def expand(self, requests: Sequence[tuple[DraftLaw, Sequence[int]]]) -> list[LawRows]:
         """Asks each source for all rows at once, then mixes."""
+        if all(isinstance(law, NativeLaw) for law, _ in requests):
+            return [law.rows(handles) for law, handles in requests]
         own = [(cast("_MixedLaw", law), handles) for law, handles in requests]
         answers = [
             source.expand([(law.laws[i], law.of_source(i, handles)) for law, handles in own])
@@ -113,10 +126,7 @@ class Hybrid(LearningDrafter):
             law = self._laws.pop(outcome.row, None)
             handles = outcome.tree.handles
             if law is not None and handles is not None:
-                for node, token in zip([0, *outcome.path], outcome.emitted, strict=False):
-                    mixture = law.mixture(handles[node])
-                    if mixture is not None:
-                        self._learn(mixture, token)
+                law.learn([handles[node] for node in (0, *outcome.path)], outcome.emitted)
         for source in self.sources:
             own = outcomes
             if self.needs.layers:
@@ -139,19 +149,17 @@ class Hybrid(LearningDrafter):
 
     def reset(self) -> None:
         """Forgets the weights and everything the sources have learned."""
-        self._trust.clear()
+        self._believe(_Trust.nothing(len(self.sources)))
         self._laws.clear()
         for source in self.sources:
             source.reset()
 
     def state(self) -> LearnedState:
         """Returns the weights and the states of the sources that learn."""
-        count = len(self.sources)
-        weights = np.full((*self._shape, count), 1.0 / count)
-        outcomes = np.zeros(self._shape)
-        for classes, trust in self._trust.items():
-            weights[classes], outcomes[classes] = trust.weights, trust.outcomes
-        own = LearnedState({"weights": weights, "outcomes": outcomes})
+        weights, outcomes = self._trust
+        known = outcomes[..., None] > 0
+        weights = np.where(known, weights, 1.0 / len(self.sources))
+        own = LearnedState({"weights": weights, "outcomes": outcomes.copy()})
         return LearnedState.joined({"mixture": own} | {s.name: s.state() for s in self._learners})
 
     def restore(self, state: LearnedState) -> None:
@@ -161,8 +169,9 @@ class Hybrid(LearningDrafter):
         if set(state.facts) != names:
             raise StateError(f"expected the sources {sorted(names)}, got {sorted(state.facts)}")
         own = state.part("mixture")
-        weights = own.array("weights", (*self._shape, len(self.sources)), np.float64)
-        outcomes = own.array("outcomes", self._shape, np.float64)
+        fresh = _Trust.nothing(len(self.sources))
+        weights = own.array("weights", fresh.weights.shape, np.float64)
+        outcomes = own.array("outcomes", fresh.outcomes.shape, np.float64)
         if not np.allclose(weights.sum(axis=-1), 1.0) or weights.min() < 0:
             raise StateError("the weights of a mixture must be shares that sum to one")
         if not outcomes.min() >= 0:
@@ -175,10 +184,7 @@ class Hybrid(LearningDrafter):
             for source in learning:
                 source.restore(before[source.name])
             raise
-        self._trust = {
-            classes: _Trust(weights[classes].tolist(), float(outcomes[classes]))
-            for classes in zip(*map(np.ndarray.tolist, np.nonzero(outcomes)), strict=True)
-        }
+        self._believe(_Trust(np.array(weights), np.array(outcomes)))
 
     def mix(self, rows: Sequence[Guesses]) -> _Mixture:
         """Returns the mixture of what the sources guess at one node."""
@@ -186,10 +192,7 @@ class Hybrid(LearningDrafter):
         classes = tuple(
             [1 + bisect_left(_CLASSES, chances[0]) if chances else 0 for _, chances in rows]
         )
-        trust = self._trust.get(classes)
-        if trust is None:
-            trust = self._trust[classes] = _Trust([1.0 / len(rows)] * len(rows))
-        weights = trust.weights
+        weights = self._trust.of(classes)
         mixed: dict[int, float] = {}
         for weight, (tokens, chances) in zip(weights, rows, strict=True):
             own = zip(tokens[:_SHORTLIST], chances, strict=False)
@@ -201,21 +204,24 @@ class Hybrid(LearningDrafter):
                 mixed = {token: weight * chance for token, chance in own}
         ranked = sorted(mixed, key=mixed.__getitem__, reverse=True)
         guesses = Guesses(ranked, list(map(mixed.__getitem__, ranked)))
-        return _Mixture(guesses, rows, weights, trust)
+        return _Mixture(guesses, rows, weights, classes)
 
-    @staticmethod
-    def _learn(mixture: _Mixture, token: int) -> None:
+    def learn(self, mixture: _Mixture, token: int) -> None:
+        """Moves the weights of a mixture towards the sources that guessed a token."""
         own = zip(mixture.weights, mixture.rows, strict=True)
         shares = [weight * _chance_of(token, row) for weight, row in own]
         total = sum(shares)
-        if not total:
-            return
-        trust = mixture.trust
-        trust.outcomes += 1
-        rate = max(_SLOWEST_RATE, 1 / (trust.outcomes + _PRIOR_OUTCOMES))
-        pairs = zip(trust.weights, shares, strict=True)
-        # new ones: a mixture keeps those that it was made with
-        trust.weights = [weight + rate * (share / total - weight) for weight, share in pairs]
+        if total:
+            self._trust.move(mixture.classes, [share / total for share in shares])
+
+    def _believe(self, trust: _Trust) -> None:
+        self._trust = trust
+        self._native: NativeTrust | None = None  # the same for C code, once it is asked
+
+    def _native_trust(self) -> NativeTrust:
+        if self._native is None:
+            self._native = NativeTrust(*self._trust)
+        return self._native
 
     def _united_needs(self) -> DrafterNeeds:
         needs = [source.needs for source in self.sources]
@@ -248,18 +254,39 @@ class Hybrid(LearningDrafter):
     def _learners(self) -> list[LearningDrafter]:
         return [source for source in self.sources if isinstance(source, LearningDrafter)]
 
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        """Classes of each source: none without a row, else by the chance of its first token."""
-        return (len(_CLASSES) + 2,) * len(self.sources)
 
+class _Trust(NamedTuple):
+    """The weights of n sources by the class of each, and how many outcomes moved them.
 
-@dataclass(slots=True)
-class _Trust:
-    """The weights of the sources where each is of some class, and outcomes they were moved by."""
+    Attributes:
+        weights: ``[classes, ..., n]`` float64; they are equal where no outcome was seen.
+        outcomes: ``[classes, ...]`` float64.
+    """
 
-    weights: list[float]
-    outcomes: float = 0.0
+    weights: np.ndarray
+    outcomes: np.ndarray
+
+    @classmethod
+    def nothing(cls, count: int) -> _Trust:
+        """Returns that of `count` sources before any outcome; memory is touched when it is used."""
+        # without a row, else by the chance of the first token
+        shape = (len(_CLASSES) + 2,) * count
+        return cls(np.zeros((*shape, count)), np.zeros(shape))
+
+    def of(self, classes: tuple[int, ...]) -> list[float]:
+        """Returns the weights of the sources."""
+        if not self.outcomes[classes]:
+            self.weights[classes] = 1.0 / len(classes)
+        weights: list[float] = self.weights[classes].tolist()
+        return weights
+
+    def move(self, classes: tuple[int, ...], shares: list[float]) -> None:
+        """Moves the weights towards the sources' shares in what was right."""
+        weights = self.of(classes)
+        self.outcomes[classes] += 1
+        rate = max(_SLOWEST_RATE, 1 / (float(self.outcomes[classes]) + _PRIOR_OUTCOMES))
+        pairs = zip(weights, shares, strict=True)
+        self.weights[classes] = [weight + rate * (share - weight) for weight, share in pairs]
 
 
 class _Mixture(NamedTuple):
@@ -268,7 +295,7 @@ class _Mixture(NamedTuple):
     guesses: Guesses
     rows: Sequence[Guesses]
     weights: list[float]
-    trust: _Trust
+    classes: tuple[int, ...]
 
 
 class _MixedLaw:
@@ -295,6 +322,13 @@ class _MixedLaw:
     def mixture(self, handle: int) -> _Mixture | None:
         """Returns what the law said at a handle; None if it was not asked."""
         return self.mixtures.get(handle)
+
+    def learn(self, handles: Sequence[int], tokens: Sequence[int]) -> None:
+        """Moves the weights, now that tokens came at the handles of a path."""
+        for handle, token in zip(handles, tokens, strict=False):
+            mixture = self.mixture(handle)
+            if mixture is not None:
+                self._drafter.learn(mixture, token)
 
     def rows(self, handles: Sequence[int]) -> LawRows:
         own = [law.rows(self.of_source(i, handles)) for i, law in enumerate(self.laws)]

@@ -37,6 +37,22 @@ class StoredRows(NamedTuple):
     found: np.ndarray
 
 
+class StoreTables(NamedTuple):
+    """What a store of S sets of eight slots is made of.
+
+    Attributes:
+        keys: ``[S, 8]`` int64 of the pairs, 0: free.
+        ages: ``[S, 8]`` uint32 number of the write.
+        ids: ``[S, 8, k]`` int32 successors.
+        log_shares: ``[S, 8, k]`` float16.
+    """
+
+    keys: np.ndarray
+    ages: np.ndarray
+    ids: np.ndarray
+    log_shares: np.ndarray
+
+
 class PairStore:
     """Successors by pair of tokens, in a set-associative hash table of a fixed size.
 
@@ -88,6 +104,16 @@ class PairStore:
         """Bytes of the table when it is full."""
         tables = (self._keys, self._ages, self._ids, self._log_shares)
         return sum(table.nbytes for table in tables)
+
+    @property
+    def tables(self) -> StoreTables:
+        """The arrays themselves, for C code that looks up and writes as this class does."""
+        return StoreTables(self._keys, self._ages, self._ids, self._log_shares)
+
+    def next_write(self) -> int:
+        """Returns the age of what is written now; others may write to `tables` with it."""
+        self._writes += 1
+        return self._writes
 
     def find(self, firsts: ArrayLike, seconds: ArrayLike) -> StoredRows:
         """Returns what is stored under pairs; the reference of `row`.
@@ -146,20 +172,6 @@ class PairStore:
             chosen = list(rows.values())
             self._write_all(np.array(list(rows)), ids[chosen], log_shares[chosen])
 
-    def write_listed(
-        self,
-        firsts: Sequence[int],
-        seconds: Sequence[int],
-        ids: Sequence[Sequence[int]],
-        log_shares: Sequence[Sequence[float]],
-        order: Sequence[int] | None = None,
-        *,
-        alone: bool = False,
-    ) -> None:
-        """Does what `write` does with rows in plain lists, for a few of them in less time."""
-        rows = _by_key(firsts, seconds, order, alone=alone)
-        self._slots.put_listed(self._slots_for(rows), ids, log_shares)
-
     def _slots_for(self, rows: Mapping[int, int]) -> list[tuple[int, int]]:
         """Makes room for keys one by one: a third of the time of `_write_all` for a small tree.
 
@@ -170,13 +182,13 @@ class PairStore:
             Pairs of a slot and the row that goes there.
         """
         age_at = self._age_at
-        self._writes += 1
+        write = self.next_write()
         slots, new = [], []
         for key, row in rows.items():
             start, keys = self._set_of(key)
             if key in keys:
                 slot = start + keys.index(key)
-                age_at[slot] = self._writes
+                age_at[slot] = write
                 slots.append((slot, row))
             else:
                 new.append((start, key, row))
@@ -184,7 +196,7 @@ class PairStore:
             ages = age_at[start : start + _WAYS].tolist()
             slot = start + ages.index(min(ages))
             self._key_at[slot] = key
-            age_at[slot] = self._writes
+            age_at[slot] = write
             slots.append((slot, row))
         return slots
 
@@ -194,12 +206,12 @@ class PairStore:
         match = self._keys[places] == keys[:, None]
         ways = match.argmax(axis=1)
         found = match[np.arange(len(keys)), ways]
-        self._writes += 1
-        self._ages[places[found], ways[found]] = self._writes
+        write = self.next_write()
+        self._ages[places[found], ways[found]] = write
         if not found.all():
             ways[~found] = self._free_ways(places[~found])
         self._keys[places, ways] = keys
-        self._ages[places, ways] = self._writes
+        self._ages[places, ways] = write
         self._ids[places, ways] = ids
         self._log_shares[places, ways] = log_shares
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from struct import Struct
 
 import numpy as np
 from torch import Tensor
-
-_LOWEST = -6e4  # of float16, nearly
 
 StoredRow = tuple[tuple[int, ...], tuple[int, ...]]  # tokens and the bits of their log-shares
 
@@ -27,21 +24,6 @@ def log_shares_of(logits: Tensor) -> np.ndarray:
     return shares.astype(np.float16)
 
 
-def listed_log_shares(logits: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Returns what `log_shares_of` does, in plain lists: for a few rows in a third of the time.
-
-    The last bit of a float16 may be another. NaN and what float16 does not reach are minus
-    infinity.
-    """
-    listed = []
-    for row in logits:
-        top = row[0]
-        kept = [logit - top for logit in row]
-        total = math.log(sum(map(math.exp, kept)))
-        listed.append([own - total if own > _LOWEST else -math.inf for own in kept])
-    return listed
-
-
 class Slots:
     """A view of successors and their log-shares, of a table that others may write to as well.
 
@@ -53,8 +35,8 @@ class Slots:
     """
 
     __slots__ = (
-        *("_id_bytes", "_id_size", "_ids_of", "_put_ids"),
-        *("_put_shares", "_share_bytes", "_share_size", "_shares_of"),
+        *("_id_bytes", "_id_size", "_ids_of"),
+        *("_share_bytes", "_share_size", "_shares_of"),
     )
 
     def __init__(self, ids: np.ndarray, log_shares: np.ndarray) -> None:
@@ -65,8 +47,6 @@ class Slots:
         self._share_bytes = log_shares.reshape(-1).view(np.uint8).data
         self._id_size, self._share_size = ids_of.size, shares_of.size
         self._ids_of, self._shares_of = ids_of.unpack_from, shares_of.unpack_from
-        self._put_ids = ids_of.pack_into
-        self._put_shares = Struct(f"{log_shares.shape[-1]}e").pack_into
 
     def row(self, slot: int) -> StoredRow:
         """Returns the successors in a slot, best first, and the bits of their log-shares."""
@@ -76,17 +56,6 @@ class Slots:
             count = ids.index(-1)
             return ids[:count], share_bits[:count]
         return ids, share_bits
-
-    def put_listed(
-        self,
-        rows: Iterable[tuple[int, int]],
-        ids: Sequence[Sequence[int]],
-        log_shares: Sequence[Sequence[float]],
-    ) -> None:
-        """Does what `put` does, with rows in plain lists."""
-        for slot, row in rows:
-            self._put_ids(self._id_bytes, slot * self._id_size, *ids[row])
-            self._put_shares(self._share_bytes, slot * self._share_size, *log_shares[row])
 
     def put(self, rows: Iterable[tuple[int, int]], ids: np.ndarray, log_shares: np.ndarray) -> None:
         """Copies rows into slots.

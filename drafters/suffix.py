@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from specdec.drafters.learning import LearnedState, LearningDrafter
-from specdec.drafters.suffix_automaton import SuffixAutomaton
+from specdec.drafters.native_automaton import NativeAutomaton
+from specdec.drafters.native_suffix import NativeSuffixLaws
+from specdec.drafters.suffix_automaton import Automaton, SuffixAutomaton
 from specdec.drafters.suffix_calibration import OWN, STORED, SuffixCalibration
-from specdec.drafters.suffix_law import Found, Match, Source, SuffixLaw, commonest
+from specdec.drafters.suffix_law import Match, SuffixLaw, SuffixLaws
 from specdec.drafters.suffix_store import TextStore
 from specdec.errors import ConfigError, StateError
+from specdec.kernels import drafting
+from specdec.trees.native_law import NativeLaw
 from specdec.types import DraftContext, DrafterNeeds, PromptRows, StepOutcome, TargetInfo
 
 _LEADING_TOKENS = 4  # of the prompt that are stored before an output, so that its start matches
@@ -68,7 +73,10 @@ class Suffix(LearningDrafter):
         self._max_contexts = max_contexts
         self._max_successors = max_successors
         self._vocab_size = 0
-        self._store = TextStore(max_store_tokens)
+        native = drafting.serves()
+        self._automaton: type[Automaton] = NativeAutomaton if native else SuffixAutomaton
+        self._make_laws: Any = NativeSuffixLaws if native else SuffixLaws
+        self._store = self._new_store()
         self._calibration = SuffixCalibration()
         self._rows: dict[int, _RowText] = {}
 
@@ -88,35 +96,33 @@ class Suffix(LearningDrafter):
 
     def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
         """Begins a row; its prompt is indexed, some microseconds a token."""
-        self._rows[row] = _RowText(prompt)
+        self._rows[row] = _RowText(prompt, self._automaton)
 
-    def law(self, context: DraftContext) -> SuffixLaw:
+    def law(self, context: DraftContext) -> SuffixLaw | NativeLaw:
         """Returns the law of the text so far; it holds until the row is observed or asked again."""
         text = self._rows.get(context.row)
         if text is None:
-            text = self._rows[context.row] = _RowText(())
+            text = self._rows[context.row] = _RowText((), self._automaton)
         text.extend(context.tokens[len(text.tokens) :], self._store)
-        sources = [(text.own, OWN), *((stored, STORED) for stored in self._store.automata)]
-        text.law = SuffixLaw(
-            sources,
-            tuple(text.matches),
-            self._calibration,
-            self._common(text, sources),
-            self._max_contexts,
-            self._max_successors,
-        )
-        return text.law
+        self._prepare(text)
+        law: SuffixLaw | NativeLaw = text.laws.law(text.matches, text.common)
+        text.law = law
+        return law
 
-    def _common(self, text: _RowText, sources: Sequence[Source]) -> Sequence[Found]:
-        """Returns the commonest tokens, ranked anew now and then: they change slowly."""
+    def _prepare(self, text: _RowText) -> None:
+        """Brings up to date what a text's laws ask, and the commonest tokens, now and then."""
         size, version = len(text.own), self._store.version
-        if size >= text.common_until or version != text.common_version:
-            text.common = commonest(
-                sources, self._calibration, self._max_successors, rank=self._max_contexts
-            )
+        if version != text.laws_version:
+            sources = [(text.own, OWN), *((stored, STORED) for stored in self._store.automata)]
+            limits = self._max_contexts, self._max_successors
+            text.laws = self._make_laws(sources, self._calibration, *limits)
+            text.laws_version, text.common_until = version, 0
+        if size >= text.common_until:  # these change slowly
+            text.common = text.laws.commonest()
             text.common_until = size + min(size // 16, _STEADY_TOKENS) + 1
-            text.common_version = version
-        return text.common
+
+    def _new_store(self) -> TextStore:
+        return TextStore(self._max_store_tokens, self._automaton)
 
     def match_length(self, row: int) -> int:
         """Returns the length in tokens of the row's longest match when its law was last asked for.
@@ -136,10 +142,7 @@ class Suffix(LearningDrafter):
         if text is None or text.law is None:
             return  # nothing was asked for this step; the next law reads what it missed
         law, text.law = text.law, None
-        handle = 0
-        for token in outcome.emitted:
-            law.record(handle, token, self._calibration)
-            handle = law.extend(handle, token)
+        law.learn_along(outcome.emitted)
         text.extend(outcome.emitted, self._store)
 
     def stop(self, row: int) -> None:
@@ -151,7 +154,7 @@ class Suffix(LearningDrafter):
     def reset(self) -> None:
         """Forgets rows, stored texts and the calibration."""
         self._rows.clear()
-        self._store = TextStore(self._max_store_tokens)
+        self._store = self._new_store()
         self._calibration = SuffixCalibration()
 
     def state(self) -> LearnedState:
@@ -195,7 +198,7 @@ class Suffix(LearningDrafter):
             state.array("hits", calibration.shape, np.float64),
             state.array("trials", calibration.shape, np.float64),
         )
-        store = TextStore(self._max_store_tokens)
+        store = self._new_store()
         for text in np.split(tokens, np.cumsum(lengths)[:-1]):
             store.add(text.tolist())
         self._rows.clear()
@@ -206,15 +209,17 @@ class Suffix(LearningDrafter):
 class _RowText:
     """A row's text, indexed as it grows, and its longest matches."""
 
-    def __init__(self, prompt: Sequence[int]) -> None:
+    def __init__(self, prompt: Sequence[int], make_automaton: type[Automaton]) -> None:
         self.tokens = list(prompt)
         self.prompt_length = len(prompt)
-        self.own = SuffixAutomaton(self.tokens)
-        self.law: SuffixLaw | None = None
+        self.own = make_automaton()
+        self.own.extend(self.tokens)
+        self.law: SuffixLaw | NativeLaw | None = None
         self.matches: list[Match] = []  # in `own`, then in each automaton of the store
-        self.common: Sequence[Found] = ()
+        self.laws: Any = None  # what makes them
+        self.laws_version = -1  # of the store that they ask
+        self.common: Any = ()
         self.common_until = 0  # tokens of the text; then they are to be ranked again
-        self.common_version = -1  # of the store
         self._store_version = -1
 
     def extend(self, tokens: Sequence[int], store: TextStore) -> None:
@@ -228,6 +233,5 @@ class _RowText:
             stored = [(0, 0)] * len(store.automata)
             tokens = self.tokens[-_REMATCHED_TOKENS:]
         for place, automaton in enumerate(store.automata):
-            for token in tokens:
-                stored[place] = automaton.advance(*stored[place], token)
+            stored[place] = automaton.follow(*stored[place], tokens)
         self.matches = [self.own.repeated, *stored]

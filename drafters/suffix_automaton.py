@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 SEPARATOR = -1  # ends a text when several are indexed together; never a successor
 
@@ -29,6 +29,47 @@ class Successors(NamedTuple):
 
 
 _NOTHING = Successors((), 0, SEPARATOR)
+
+
+class Automaton(Protocol):
+    """What suffix drafting asks of an automaton; see `SuffixAutomaton`."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def repeated(self) -> tuple[int, int]:
+        """State and length in tokens of the longest suffix that occurred before; (0, 0): none."""
+        ...
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Appends tokens to the text."""
+        ...
+
+    def advance(self, state: int, length: int, token: int) -> tuple[int, int]:
+        """Returns state and length in tokens of the longest suffix of "match, token" that occurs.
+
+        Args:
+            state: of the match.
+            length: of the match; it may be shorter than the state's longest phrase.
+            token: what follows.
+        """
+        ...
+
+    def follow(self, state: int, length: int, tokens: Sequence[int]) -> tuple[int, int]:
+        """Returns what `advance` comes to, token by token."""
+        ...
+
+    def shorter(self, state: int) -> tuple[int, int]:
+        """Returns the longest shorter context that occurs elsewhere too, and its length."""
+        ...
+
+    def count(self, state: int) -> int:
+        """Returns how often the state's phrases occur; of the empty phrase, the text's length."""
+        ...
+
+    def successors(self, state: int) -> Successors:
+        """Returns what followed the state's phrases."""
+        ...
 
 
 class SuffixAutomaton:
@@ -134,13 +175,7 @@ class SuffixAutomaton:
             self._least_common = min([self._counts[first[t]] for t in common])
 
     def advance(self, state: int, length: int, token: int) -> tuple[int, int]:
-        """Returns state and length in tokens of the longest suffix of "match, token" that occurs.
-
-        Args:
-            state: of the match.
-            length: of the match; it may be shorter than the state's longest phrase.
-            token: what follows.
-        """
+        """See `Automaton.advance`."""
         nexts = self._nexts
         after = nexts[state].get(token)
         if after is not None:
@@ -151,6 +186,12 @@ class SuffixAutomaton:
             if after is not None:
                 return after, self._lengths[state] + 1
         return 0, 0
+
+    def follow(self, state: int, length: int, tokens: Sequence[int]) -> tuple[int, int]:
+        """Returns what `advance` comes to, token by token."""
+        for token in tokens:
+            state, length = self.advance(state, length, token)
+        return state, length
 
     def shorter(self, state: int) -> tuple[int, int]:
         """Returns the longest shorter context that occurs elsewhere too, and its length."""

@@ -7,9 +7,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter, neg
+from typing import NamedTuple
 
 from specdec.drafters.listed_law import ListedLaw
-from specdec.drafters.suffix_automaton import SuffixAutomaton
+from specdec.drafters.suffix_automaton import Automaton
 from specdec.drafters.suffix_calibration import OWN, SuffixCalibration
 from specdec.types import Guesses
 
@@ -20,7 +21,7 @@ _LEAST_CHANCE = 0.002  # of a path; a guess that makes it less likely is left ou
 _MAX_GUESSES = 16  # of a row
 
 Match = tuple[int, int]  # a state and the matched length in tokens
-Source = tuple[SuffixAutomaton, int]  # and OWN or STORED
+Source = tuple[Automaton, int]  # and OWN or STORED
 Context = tuple[int, int, int, Source]  # precedence, state, length
 
 
@@ -48,44 +49,66 @@ class _Place:
     complete: bool = False
 
 
+class SuffixLaws(NamedTuple):
+    """Makes the laws of a text as it grows.
+
+    Attributes:
+        sources: the automata that are asked, this text's first.
+        calibration: what guesses are worth now, and where they are counted.
+        max_contexts: matches that are asked at a node.
+        max_successors: guesses of each.
+    """
+
+    sources: Sequence[Source]
+    calibration: SuffixCalibration
+    max_contexts: int
+    max_successors: int
+
+    def law(self, matches: Sequence[Match], common: Sequence[Found]) -> SuffixLaw:
+        """Returns the law behind the text.
+
+        Args:
+            matches: the longest one in each source.
+            common: what `commonest` gave, for nodes behind which it is not known better.
+        """
+        return SuffixLaw(self, tuple(matches), common)
+
+    def commonest(self) -> Sequence[Found]:
+        """Returns the commonest tokens of this text and of the younger store, likely first."""
+        found: dict[int, Found] = {}
+        contexts = [(0, 0, 0, source) for source in self.sources[:2]]
+        # behind the matches in rank
+        rank, chances = self.max_contexts, self.calibration.chances
+        _ask(contexts, found, chances, self.max_successors, rank)
+        return sorted(found.values(), key=itemgetter(0), reverse=True)
+
+
 class SuffixLaw(ListedLaw):
     """A law that walks the automata: a handle stands for its longest match in each of them.
 
     A match may run into the tokens of the path, which are text if the path is right.
 
     Args:
-        sources: the automata, this text's first.
-        matches: the longest one in each.
-        calibration: what guesses are worth now.
-        common: what `commonest` gives, for nodes behind which it is not known better.
-        max_contexts: matches that are asked at a node.
-        max_successors: guesses of each.
-
-    Attributes:
-        match_length: tokens of the longest match at the root; 0 if nothing matched.
+        laws: of the text.
+        matches: the longest one in each source.
+        common: what `SuffixLaws.commonest` gave.
     """
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        matches: tuple[Match, ...],
-        calibration: SuffixCalibration,
-        common: Sequence[Found],
-        max_contexts: int,
-        max_successors: int,
+        self, laws: SuffixLaws, matches: tuple[Match, ...], common: Sequence[Found]
     ) -> None:
-        self._sources = sources
-        self._automata = [automaton for automaton, _ in sources]
-        self._calibration_chances = calibration.chances[:]
-        self._max_contexts = max_contexts
-        self._max_successors = max_successors
+        self._sources = laws.sources
+        self._automata = [automaton for automaton, _ in laws.sources]
+        self._calibration = laws.calibration
+        self._chances = laws.calibration.chances[:]
+        self._max_contexts = laws.max_contexts
+        self._max_successors = laws.max_successors
         root = _Place(matches)
         self._places = [root]  # of each handle
         self._known = {matches: root}
         self._paths = [1.0]  # the chance of each handle's path
         self._common = common
         self._most_common = common[0][0] if common else 0.0
-        self.match_length = max(length for _, length in matches)
 
     def extend(self, parent: int, token: int) -> int:
         """Returns a new handle for `parent` followed by `token`."""
@@ -124,20 +147,26 @@ class SuffixLaw(ListedLaw):
         most = place.rest * self._most_common
         return max([most, *[guess[0] for guess in found.values()]])
 
-    def record(self, handle: int, token: int, calibration: SuffixCalibration) -> None:
-        """Counts the guesses at a handle, whose true successor has become known.
+    def learn_along(self, tokens: Sequence[int]) -> None:
+        """Counts that tokens came, one behind the other, from the root on."""
+        handle = 0
+        for token in tokens:
+            self._record(self._places[handle], token)
+            handle = self.extend(handle, token)
+
+    def _record(self, place: _Place, token: int) -> None:
+        """Counts the guesses at a place, whose true successor has become known.
 
         A context that comes after the one that was right is not counted: its chances are those of
         guesses that the contexts before it leave open.
         """
-        place = self._places[handle]
         self._ranked(place, least=0.0)
         found = place.all or {}
         last = found[token][3] if token in found else math.inf
         for _, guess, cell, rank in found.values():
             if rank > last:
                 break
-            calibration.record(cell, guess == token)
+            self._calibration.record(cell, guess == token)
 
     def _ranked(self, place: _Place, least: float) -> Guesses:
         """Returns all guesses at a place that may be at least so likely."""
@@ -170,9 +199,7 @@ class SuffixLaw(ListedLaw):
         if found is None:
             found = place.found = {}
             contexts = self._contexts(place.matches)
-            place.rest = _ask(
-                contexts, found, self._calibration_chances, self._max_successors, rank=0
-            )
+            place.rest = _ask(contexts, found, self._chances, self._max_successors, rank=0)
         return found
 
     def _contexts(self, matches: tuple[Match, ...]) -> list[Context]:
@@ -236,20 +263,3 @@ def _ask(
                 return 0.0
         rank += 1
     return rest
-
-
-def commonest(
-    sources: Sequence[Source], calibration: SuffixCalibration, max_successors: int, rank: int
-) -> list[Found]:
-    """Returns the commonest tokens of this text and of the younger store, likely first.
-
-    Args:
-        sources: as of the law.
-        calibration: as of the law.
-        max_successors: tokens of each source.
-        rank: of the empty phrase, behind those of the matches.
-    """
-    found: dict[int, Found] = {}
-    contexts = [(0, 0, 0, source) for source in sources[:2]]
-    _ask(contexts, found, calibration.chances, max_successors, rank)
-    return sorted(found.values(), key=itemgetter(0), reverse=True)

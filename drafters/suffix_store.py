@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from specdec.drafters.suffix_automaton import SEPARATOR, SuffixAutomaton
+from specdec.drafters.suffix_automaton import SEPARATOR, Automaton, SuffixAutomaton
 
 
 class TextStore:
@@ -17,13 +17,17 @@ class TextStore:
 
     Args:
         max_tokens: of all texts together, one for each text's end included; 0 stores nothing.
+        make_automaton: of a generation.
     """
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(
+        self, max_tokens: int, make_automaton: Callable[[], Automaton] = SuffixAutomaton
+    ) -> None:
+        self._make = make_automaton
         self._half = max_tokens // 2
         # changes whenever a match into the automata would be out of date
         self.version = 0
-        self.automata: list[SuffixAutomaton] = []  # younger first
+        self.automata: list[Automaton] = []  # younger first
         self._texts: list[list[list[int]]] = []  # of each automaton
 
     def __len__(self) -> int:
@@ -41,7 +45,7 @@ class TextStore:
         if not text:
             return
         if not self.automata or len(self.automata[0]) + len(text) + 1 > self._half:
-            self.automata = [SuffixAutomaton(), *self.automata[:1]]
+            self.automata = [self._make(), *self.automata[:1]]
             self._texts = [[], *self._texts[:1]]
         self.automata[0].extend([*text, SEPARATOR])
         self._texts[0].append(text)

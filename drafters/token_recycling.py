@@ -10,9 +10,12 @@ from torch import Tensor
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import ListedLaw, at_most_certain
+from specdec.drafters.native_table import NativeTable
+from specdec.drafters.pair_store import NO_TOKEN
 from specdec.drafters.scored_nodes import ScoredNodes
 from specdec.drafters.slots import Slots, log_shares_of
 from specdec.errors import ConfigError, StateError
+from specdec.kernels import drafting
 from specdec.types import (
     DraftContext,
     DrafterNeeds,
@@ -56,8 +59,7 @@ class TokenRecycling(LearningDrafter):
             node_top_k=num_successors,
             every_step=False,
         )
-        self._make_matrix(0)
-        self._calibration = Calibration(num_successors)
+        self._make_matrix(0, Calibration(num_successors))
 
     def attach(self, target: TargetInfo) -> None:
         """Makes the matrix for a vocabulary; keeps a learned one that already fits."""
@@ -66,7 +68,7 @@ class TokenRecycling(LearningDrafter):
                 f"num_successors is {self._k}, but the vocabulary has {target.vocab_size} tokens"
             )
         if len(self._successors) == 0:
-            self._make_matrix(target.vocab_size)
+            self._make_matrix(target.vocab_size, self._calibration)
         elif len(self._successors) != target.vocab_size:
             raise ConfigError(
                 f"this token_recycling matrix was learned for {len(self._successors)} tokens, the "
@@ -86,6 +88,8 @@ class TokenRecycling(LearningDrafter):
 
     def law(self, context: DraftContext) -> DraftLaw:
         """Returns the law that follows the matrix from the root."""
+        if self._native is not None:
+            return self._native.law(NO_TOKEN, context.tokens[-1])
         return _MatrixLaw(self, context.tokens[-1])
 
     def guesses(self, token: int) -> Guesses:
@@ -100,6 +104,9 @@ class TokenRecycling(LearningDrafter):
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then recycles every node's logits."""
         scored = ScoredNodes.of(outcomes, self._k)
+        if self._native is not None:
+            self._native.learn(scored, [NO_TOKEN] * len(scored.tokens))
+            return
         for node, emitted in zip(scored.visited, scored.emitted, strict=True):
             row = self._slots.row(scored.tokens[node])
             for rank, (guess, bits) in enumerate(zip(*row, strict=True)):
@@ -108,9 +115,7 @@ class TokenRecycling(LearningDrafter):
 
     def reset(self) -> None:
         """Forgets the matrix and the calibration."""
-        self._successors.fill(-1)
-        self._log_shares.fill(-np.inf)
-        self._calibration = Calibration(self._k)
+        self._make_matrix(len(self._successors), Calibration(self._k))
 
     def state(self) -> LearnedState:
         """Returns the matrix and the calibration; the vocabulary and k are in their shapes."""
@@ -130,15 +135,18 @@ class TokenRecycling(LearningDrafter):
             raise StateError("table 'successors' holds ids that are not in its vocabulary")
         log_shares = state.array("log_shares", successors.shape, np.float16)
         calibration = Calibration.restored(state, self._k)
-        self._make_matrix(len(successors))
+        self._make_matrix(len(successors), calibration)
         self._successors[:], self._log_shares[:] = successors, log_shares
-        self._calibration = calibration
 
-    def _make_matrix(self, vocab_size: int) -> None:
+    def _make_matrix(self, vocab_size: int, calibration: Calibration) -> None:
         """Makes an empty matrix, and what reads its rows."""
         self._successors = np.full((vocab_size, self._k), -1, dtype=np.int32)
         self._log_shares = np.full((vocab_size, self._k), -np.inf, dtype=np.float16)
         self._slots = Slots(self._successors, self._log_shares)
+        self._calibration = calibration
+        self._native: NativeTable | None = None
+        if drafting.serves():
+            self._native = NativeTable(self._successors, self._log_shares, [calibration])
 
     def _write(
         self, tokens: Sequence[int], ids: Tensor, logits: Tensor, order: Iterable[int]

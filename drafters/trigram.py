@@ -15,11 +15,13 @@ from specdec.drafters.checkpoint import find_shipped
 from specdec.drafters.counted_rows import counted_rows, triples_of
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import NOTHING, ListedLaw, at_most_certain
+from specdec.drafters.native_table import NativeTable
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.drafters.scored_nodes import ScoredNodes
-from specdec.drafters.slots import StoredRow, listed_log_shares, log_shares_of
+from specdec.drafters.slots import StoredRow, log_shares_of
 from specdec.drafters.trained_table import TrainedTable, load_table
 from specdec.errors import ConfigError, StateError
+from specdec.kernels import drafting
 from specdec.types import (
     DraftContext,
     DrafterNeeds,
@@ -35,7 +37,6 @@ from specdec.types import (
 _SOURCES = ("pair", "single", "rest")
 _PAIR, _SINGLE, _REST = range(3)
 _NO_MODEL = object()
-_FEW = 12  # rows for which plain lists take less time than numpy's calls
 SourcedRow = tuple[int, StoredRow]  # with the place of its source
 
 
@@ -94,7 +95,15 @@ class Trigram(LearningDrafter):
         self._trained: TrainedTable | None = None
         self._trained_for: Any = _NO_MODEL  # whose table was looked for
         self._before: dict[int, int] = {}  # the token before the root, by row
-        self._calibrations = [Calibration(num_successors) for _ in _SOURCES]
+        self._calibrate([Calibration(num_successors) for _ in _SOURCES])
+
+    def _calibrate(self, calibrations: Sequence[Calibration]) -> None:
+        """Believes guesses as far as these say, and lays the store out for C code anew."""
+        self._calibrations = calibrations
+        self._native: NativeTable | None = None
+        if drafting.serves():
+            own = self._store.tables
+            self._native = NativeTable(own.ids, own.log_shares, calibrations, own.keys, own.ages)
 
     @classmethod
     def from_corpus(
@@ -195,7 +204,7 @@ class Trigram(LearningDrafter):
         log_shares = np.full(ids.shape, -np.inf, dtype=np.float16)
         ids[:, :width], log_shares[:, :width] = table.ids, table.log_shares
         self._store.write(table.firsts, table.seconds, ids, log_shares)
-        self._calibrations = calibrations
+        self._calibrate(calibrations)
 
     def judge(self, tokens: Sequence[int]) -> None:
         """Counts, along a text, which guesses of the store are right; stores nothing."""
@@ -227,6 +236,8 @@ class Trigram(LearningDrafter):
         """Returns the law that follows the store from the root."""
         before = context.tokens[-2] if len(context.tokens) > 1 else NO_TOKEN
         self._before[context.row] = before
+        if self._native is not None:
+            return self._native.law(before, context.tokens[-1])
         return _PairLaw(self, before, context.tokens[-1])
 
     def guesses(self, first: int, second: int) -> Guesses:
@@ -267,9 +278,12 @@ class Trigram(LearningDrafter):
             for own in outcomes
         ]
         firsts, seconds = scored.tokens_above(before), scored.tokens
-        for node, emitted in zip(scored.visited, scored.emitted, strict=True):
-            self._count(firsts[node], seconds[node], emitted)
-        self._write(firsts, seconds, scored.ids, scored.logits, scored.order)
+        if self._native is not None:
+            self._native.learn(scored, firsts, self._store.next_write())
+        else:
+            for node, emitted in zip(scored.visited, scored.emitted, strict=True):
+                self._count(firsts[node], seconds[node], emitted)
+            self._write(firsts, seconds, scored.ids, scored.logits, scored.order)
         for outcome in outcomes:
             self._before[outcome.row] = [outcome.tree.token_list[0], *outcome.emitted][-2]
 
@@ -281,7 +295,7 @@ class Trigram(LearningDrafter):
         """Forgets the store and the calibrations, what a corpus gave included; weights stay."""
         self._store.clear()
         self._num_seen = 0
-        self._calibrations = [Calibration(self._k) for _ in _SOURCES]
+        self._calibrate([Calibration(self._k) for _ in _SOURCES])
         if self._trained is not None:
             self.take(self._trained)
 
@@ -311,7 +325,7 @@ class Trigram(LearningDrafter):
         calibrations = [Calibration.restored(state.part(name), self._k) for name in _SOURCES]
         self._store, self._num_seen = store, num_seen
         self._vocab_size = self._vocab_size or vocab_size
-        self._calibrations = calibrations
+        self._calibrate(calibrations)
 
     def rows(self, first: int, second: int) -> list[SourcedRow]:
         """Returns what is stored behind two tokens, each row with its place in `_SOURCES`."""
@@ -340,10 +354,6 @@ class Trigram(LearningDrafter):
         logits: Tensor,
         order: Sequence[int] | None = None,
     ) -> None:
-        if len(seconds) <= _FEW:
-            log_shares = listed_log_shares(logits.tolist())
-            self._store.write_listed(firsts, seconds, ids.tolist(), log_shares, order, alone=True)
-            return
         successors = ids.numpy().astype(np.int32)
         self._store.write(firsts, seconds, successors, log_shares_of(logits), order, alone=True)
 

@@ -1,37 +1,5 @@
-/* Philox4x32-10: the words that `philox.py` makes, for a whole vocabulary or for single tokens.
- *
- * One counter (token / 4, position, row, nonce) serves four neighbouring tokens.
- */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-
-enum { ROUNDS = 10, LANES = 16 };
-
-/* words [4][LANES]: counters that become output */
-static void philox(uint32_t words[4][LANES], uint64_t key) {
-    uint32_t key0 = (uint32_t)key, key1 = (uint32_t)(key >> 32);
-    for (int round = 0; round < ROUNDS; round++) {
-        for (int i = 0; i < LANES; i++) {
-            const uint64_t product0 = (uint64_t)words[0][i] * 0xD2511F53u;
-            const uint64_t product1 = (uint64_t)words[2][i] * 0xCD9E8D57u;
-            words[0][i] = (uint32_t)(product1 >> 32) ^ words[1][i] ^ key0;
-            words[2][i] = (uint32_t)(product0 >> 32) ^ words[3][i] ^ key1;
-            words[1][i] = (uint32_t)product1;
-            words[3][i] = (uint32_t)product0;
-        }
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
-}
-
-static void fill(uint32_t words[4][LANES], uint32_t position, uint32_t row, uint32_t nonce) {
-    for (int i = 0; i < LANES; i++) {
-        words[1][i] = position;
-        words[2][i] = row;
-        words[3][i] = nonce;
-    }
-}
+/* The words of Philox4x32-10 for a whole vocabulary or for single tokens, and whose noise may win. */
+#include "philox.h"
 
 /* out [4 * LANES]: the words of the tokens from `begin` on, a multiple of 4. */
 static void block(uint64_t key, uint32_t position, uint32_t row, uint32_t nonce, int64_t begin,
@@ -62,11 +30,7 @@ void philox_words_at(uint64_t key, uint32_t position, uint32_t row, uint32_t non
                      const int64_t *tokens, int64_t count, uint32_t *out) {
     for (int64_t begin = 0; begin < count; begin += LANES) {
         const int64_t here = count - begin < LANES ? count - begin : LANES;
-        uint32_t words[4][LANES];
-        fill(words, position, row, nonce);
-        for (int i = 0; i < LANES; i++) words[0][i] = i < here ? (uint32_t)(tokens[begin + i] / 4) : 0;
-        philox(words, key);
-        for (int64_t i = 0; i < here; i++) out[begin + i] = words[tokens[begin + i] % 4][i];
+        words_at(key, position, row, nonce, tokens + begin, here, out + begin);
     }
 }
 
@@ -81,8 +45,6 @@ static float largest(const float *scores, int64_t count) {
     for (; begin < count; begin++) top = scores[begin] > top ? scores[begin] : top;
     return top;
 }
-
-static double gumbel(uint32_t word) { return -log(-log1p(-(word + 0.5) * 0x1p-32)); }
 
 /* The places whose score plus noise may be the largest, in order, and their words; returns how many.
  *

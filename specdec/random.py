@@ -55,13 +55,19 @@ class RandomSource(Protocol):
 
 
 class SeededRandom:
-    """The production source: a Philox stream of its own, and noise keyed by (seed, row)."""
+    """The production source: a Philox stream of its own, and noise keyed by (seed, row).
+
+    Args:
+        seed: of the call; its low 64 bits count.
+        row: number of the row.
+        stream: number of the source among the row's.
+    """
 
     def __init__(self, seed: int, row: int, stream: int) -> None:
-        self._seed = seed & _WORD
-        self._row = row
+        self.seed = seed & _WORD
+        self.row = row
         # typed: numpy would turn a list with a word from 2**63 up into floats and lose its low bits
-        key = np.array([self._seed, (row << 8) | stream], dtype=np.uint64)
+        key = np.array([self.seed, (row << 8) | stream], dtype=np.uint64)
         self._generator = np.random.Generator(np.random.Philox(key=key))
 
     def uniform(self) -> float:
@@ -97,11 +103,11 @@ class SeededRandom:
 
     def gumbel_argmax(self, scores: Tensor, position: int) -> int:
         """Returns argmax(scores + g)."""
-        return keyed_argmax(scores, self._seed, self._row, position)
+        return keyed_argmax(scores, self.seed, self.row, position)
 
     def keyed_noise(self, position: int, token_ids: Tensor) -> Tensor:
         """Returns the noise of `gumbel_argmax` for the ids."""
-        return keyed_gumbel(self._seed, self._row, position, token_ids)
+        return keyed_gumbel(self.seed, self.row, position, token_ids)
 
 
 def _races(

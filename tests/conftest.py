@@ -48,6 +48,17 @@ def _same_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator, "pass_cost", lambda backend: table)
 
 
+@pytest.fixture(params=["native", "python"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables and their laws stand in C, and in Python as where there is no compiler."""
+    from specdec.kernels import drafting
+
+    if request.param == "python":
+        monkeypatch.setattr(drafting, "serves", lambda: False)
+    elif not drafting.serves():
+        pytest.skip("no C compiler")
+
+
 @pytest.fixture
 def small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers are packed however small they are: those of tiny models too."""

@@ -17,6 +17,8 @@ from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.errors import StateError
 from specdec.types import TargetInfo
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 # how to make each learning drafter; what it learns must survive a file
 LEARNERS = {
     "hybrid": lambda: Hybrid([Suffix(), Trigram(num_pairs=4096)]),

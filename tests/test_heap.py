@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -217,12 +218,19 @@ def taught(drafter: Drafter) -> Drafter:
     return drafter
 
 
-def tables() -> list[Drafter]:
-    return [TokenRecycling(), Trigram(), Suffix(), PromptLookup(), Hybrid([Suffix(), Trigram()])]
+TABLES: dict[str, Callable[[], Drafter]] = {
+    "token_recycling": TokenRecycling,
+    "trigram": Trigram,
+    "suffix": Suffix,
+    "prompt_lookup": PromptLookup,
+    "hybrid": lambda: Hybrid([Suffix(), Trigram()]),
+}
 
 
-@pytest.mark.parametrize("drafter", tables(), ids=lambda one: one.name)
-def test_a_tables_law_says_the_same_in_rows(drafter: Drafter) -> None:
+@pytest.mark.usefixtures("each_way")
+@pytest.mark.parametrize("name", TABLES)
+def test_a_tables_law_says_the_same_in_rows(name: str) -> None:
+    drafter = TABLES[name]()
     law = taught(drafter).law(DraftContext(0, TEXT, 9))
     tree = grown(BestFirst(), law, Budget(20, 5))
     assert max(tree.depth_list) > 1
@@ -256,6 +264,7 @@ def test_a_law_that_merely_keeps_guesses_is_not_looked_up() -> None:
     assert grown(BestFirst(), law, Budget(5, 3), levels=True).num_drafted == 5
 
 
+@pytest.mark.usefixtures("each_way")
 def test_a_hybrid_learns_from_what_was_looked_up() -> None:
     drafter = taught(Hybrid([Suffix(), Trigram()]))
     before = drafter.state().arrays["mixture/weights"]

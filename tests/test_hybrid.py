@@ -18,6 +18,8 @@ from specdec.errors import ConfigError, StateError
 from specdec.trees.tree import DraftTree
 from specdec.types import DraftContext, DrafterNeeds, DraftLaw, LawRows, PromptRows, StepOutcome
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 class Table(BaseDrafter):
     """Gives the same row everywhere, and notes what it is told."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from specdec.drafters import pair_store
 from specdec.drafters.learning import LearnedState
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
-from specdec.drafters.slots import listed_log_shares, log_shares_of
 from specdec.errors import ConfigError, StateError
 
 VOCAB = 1 << 18
@@ -95,37 +93,6 @@ def test_pairs_written_one_by_one_stand_where_all_at_once_do(
         for name, table in of_each.arrays.items():
             assert table.tolist() == of_every.arrays[name].tolist(), (batch, name)
     assert (len(each) < len(written)) == (num_pairs == 128)
-
-
-@pytest.mark.parametrize("alone", [False, True])
-def test_rows_in_plain_lists_stand_where_those_of_arrays_do(alone: bool) -> None:
-    """A table far too small, in any order, and log-shares that float16 has."""
-    generator = np.random.default_rng(1)
-    one, other = PairStore(64, K), PairStore(64, K)
-    for batch in range(60):
-        pairs = random_pairs(1 + batch % 9, batch, vocab_size=12)
-        ids, shares = rows(batch, len(pairs))
-        shares = np.where(generator.random(shares.shape) < 0.1, -np.inf, shares).astype(np.float16)
-        order = generator.permutation(len(pairs)).tolist()
-        firsts, seconds = pairs.T.tolist()
-        one.write(firsts, seconds, ids, shares, order, alone=alone)
-        other.write_listed(firsts, seconds, ids.tolist(), shares.tolist(), order, alone=alone)
-        pairs_of_state = zip(
-            one.state().arrays.values(), other.state().arrays.values(), strict=True
-        )
-        assert all(np.array_equal(mine, theirs) for mine, theirs in pairs_of_state)
-
-
-def test_listed_log_shares_are_those_of_arrays() -> None:
-    logits = 5.0 * torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-    logits = logits.sort(dim=1, descending=True).values
-    logits[3, 2:], logits[4, 5:] = -torch.inf, -1e9
-    listed = np.array(listed_log_shares(logits.tolist()), dtype=np.float16)
-    expected = log_shares_of(logits)
-    assert np.array_equal(np.isinf(listed), np.isinf(expected))
-    mine, theirs = listed[np.isfinite(listed)], expected[np.isfinite(expected)]
-    assert (np.abs(mine - theirs) <= np.spacing(np.abs(theirs))).all()
-    assert listed_log_shares([[float("nan"), 1.0]]) == [[-np.inf, -np.inf]]
 
 
 def test_of_a_pair_written_twice_at_once_the_last_row_stays() -> None:

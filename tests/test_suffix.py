@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -10,14 +11,24 @@ import torch
 
 from specdec.drafters import Suffix
 from specdec.drafters.learning import LearnedState
-from specdec.drafters.suffix_automaton import SEPARATOR, SuffixAutomaton
+from specdec.drafters.native_automaton import NativeAutomaton
+from specdec.drafters.suffix_automaton import SEPARATOR, Automaton, SuffixAutomaton
 from specdec.drafters.suffix_calibration import OWN, STORED, SuffixCalibration
 from specdec.drafters.suffix_store import TextStore
 from specdec.errors import ConfigError, StateError
+from specdec.kernels import drafting
 from specdec.trees.tree import DraftTree
 from specdec.types import DraftContext, StepOutcome, TargetInfo
 
+pytestmark = pytest.mark.usefixtures("each_way")
 VOCAB = 60
+Kind = Callable[..., Automaton]
+
+
+@pytest.fixture
+def kind(each_way: None) -> Kind:
+    """The class of the automata."""
+    return NativeAutomaton if drafting.serves() else SuffixAutomaton
 
 
 # ---- the automaton ----
@@ -43,7 +54,7 @@ def random_texts(count: int = 40) -> list[list[int]]:
     ]
 
 
-def walk(automaton: SuffixAutomaton, phrase: list[int]) -> tuple[int, int]:
+def walk(automaton: Automaton, phrase: list[int]) -> tuple[int, int]:
     match = 0, 0
     for token in phrase:
         match = automaton.advance(*match, token)
@@ -51,8 +62,8 @@ def walk(automaton: SuffixAutomaton, phrase: list[int]) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("text", random_texts(), ids=lambda text: f"{len(text)} tokens")
-def test_the_automaton_against_an_oracle(text: list[int]) -> None:
-    automaton = SuffixAutomaton()
+def test_the_automaton_against_an_oracle(text: list[int], kind: Kind) -> None:
+    automaton = kind()
     for end, token in enumerate(text, start=1):
         automaton.extend([token])
         own = next(
@@ -76,16 +87,16 @@ def test_the_automaton_against_an_oracle(text: list[int]) -> None:
 
 
 @pytest.mark.parametrize("text", random_texts(10), ids=lambda text: f"{len(text)} tokens")
-def test_a_match_is_the_longest_suffix_that_occurs(text: list[int]) -> None:
+def test_a_match_is_the_longest_suffix_that_occurs(text: list[int], kind: Kind) -> None:
     rng = random.Random(len(text))
-    automaton = SuffixAutomaton(text)
+    automaton = kind(text)
     query = [rng.randrange(9) for _ in range(50)]
     for end in range(1, len(query) + 1):
         assert walk(automaton, query[:end])[1] == longest_suffix(text, query[:end])
 
 
-def test_shorter_contexts_occur_elsewhere_too() -> None:
-    automaton = SuffixAutomaton([1, 2, 3, 9, 2, 3, 8, 3, 7])
+def test_shorter_contexts_occur_elsewhere_too(kind: Kind) -> None:
+    automaton = kind([1, 2, 3, 9, 2, 3, 8, 3, 7])
     state, length = walk(automaton, [1, 2, 3])
     assert length == 3
     seen = []
@@ -95,15 +106,15 @@ def test_shorter_contexts_occur_elsewhere_too() -> None:
     assert seen == [(3, {9: 1}), (2, {9: 1, 8: 1}), (1, {9: 1, 8: 1, 7: 1})]
 
 
-def test_of_equal_counts_the_latest_comes_first() -> None:
-    automaton = SuffixAutomaton([1, 5, 1, 6, 1, 7, 1])
+def test_of_equal_counts_the_latest_comes_first(kind: Kind) -> None:
+    automaton = kind([1, 5, 1, 6, 1, 7, 1])
     ranked, total, latest = automaton.successors(walk(automaton, [1])[0])
     assert ([token for token, _ in ranked], total, latest) == ([7, 6, 5], 3, 7)
 
 
-def test_a_ranking_that_was_kept_follows_the_text() -> None:
+def test_a_ranking_that_was_kept_follows_the_text(kind: Kind) -> None:
     text = [t for token in range(10, 20) for t in (1, token)]
-    automaton = SuffixAutomaton(text)
+    automaton = kind(text)
     for token in (15, 15, 11):
         automaton.successors(walk(automaton, [1])[0])
         automaton.extend([1])
@@ -114,20 +125,20 @@ def test_a_ranking_that_was_kept_follows_the_text() -> None:
     assert (total, latest) == (13, 11)
 
 
-def test_the_empty_phrase_precedes_the_commonest_tokens() -> None:
+def test_the_empty_phrase_precedes_the_commonest_tokens(kind: Kind) -> None:
     rng = random.Random(0)
     text = [int(rng.expovariate(0.1)) for _ in range(2000)]
-    ranked, total, _ = SuffixAutomaton(text).successors(0)
+    ranked, total, _ = kind(text).successors(0)
     counts = sorted((text.count(token) for token in set(text)), reverse=True)
     assert [count for _, count in ranked] == counts[: len(ranked)]
     assert all(text.count(token) == count for token, count in ranked)
     assert (len(ranked), total) == (16, 2000)
 
 
-def test_periodic_text_is_counted_from_the_longest_context_down() -> None:
+def test_periodic_text_is_counted_from_the_longest_context_down(kind: Kind) -> None:
     """As many contexts as tokens end at each place: counting them all would take quadratic time."""
     size = 5000
-    automaton = SuffixAutomaton([7] * size)
+    automaton = kind([7] * size)
     assert automaton.repeated[1] == size - 1
     state, length = automaton.repeated
     for _ in range(10):
@@ -136,9 +147,10 @@ def test_periodic_text_is_counted_from_the_longest_context_down() -> None:
     assert automaton.count(walk(automaton, [7])[0]) <= size
 
 
-def test_a_separator_is_no_successor() -> None:
-    automaton = SuffixAutomaton([4, 5, SEPARATOR, 4, 5, SEPARATOR, 4, 6, SEPARATOR])
-    assert automaton.successors(walk(automaton, [4, 5])[0]) == ((), 2, SEPARATOR)
+def test_a_separator_is_no_successor(kind: Kind) -> None:
+    automaton = kind([4, 5, SEPARATOR, 4, 5, SEPARATOR, 4, 6, SEPARATOR])
+    ranked, *rest = automaton.successors(walk(automaton, [4, 5])[0])
+    assert (list(ranked), rest) == ([], [2, SEPARATOR])
     assert dict(automaton.successors(walk(automaton, [4])[0]).ranked) == {5: 2, 6: 1}
     assert SEPARATOR not in dict(automaton.successors(0).ranked)
 
@@ -209,7 +221,7 @@ def write(drafter: Suffix, prompt: list[int], output: list[int], row: int = 0) -
 def test_it_goes_on_after_the_longest_match() -> None:
     drafter = attached()
     law = drafter.law(context([1, 2, 3, 9, 5, 2, 3, 7, 1, 2, 3]))
-    assert law.match_length == drafter.match_length(0) == 3
+    assert drafter.match_length(0) == 3
     assert next(iter(chances(law))) == 9  # (1, 2, 3) -> 9 beats (2, 3) -> 7
     assert {9, 7} <= set(chances(law))
 
@@ -245,7 +257,7 @@ def test_no_text_gives_no_guess() -> None:
     drafter = attached()
     law = drafter.law(context([]))
     assert chances(law) == {}
-    assert law.match_length == drafter.match_length(0) == drafter.match_length(99) == 0
+    assert drafter.match_length(0) == drafter.match_length(99) == 0
     assert law.rows([]).log_probs.shape == (0, 1)
 
 
@@ -297,16 +309,19 @@ def test_chances_are_learned() -> None:
     assert chances(drafter.law(context(text)))[9] < 0.6 * before
 
 
-def test_only_what_the_better_matches_leave_open_is_counted() -> None:
+@pytest.mark.parametrize(("came", "counted", "right"), [(9, 1, 1), (7, 2, 1), (4, 6, 0)])
+def test_only_what_the_better_matches_leave_open_is_counted(
+    came: int, counted: int, right: int
+) -> None:
     drafter = attached(max_store_tokens=0)
-    law = drafter.law(context([1, 2, 3, 9, 5, 2, 3, 7, 1, 2, 3]))
-    before = SuffixCalibration()
-    counted = SuffixCalibration()
-    law.record(0, 9, counted)  # right at the longest match, where 9 is the only guess
-    assert (counted.trials - before.trials).sum() == 1
-    law.record(0, 7, counted)
-    assert (counted.trials - before.trials).sum() == 3
-    assert (counted.hits - before.hits).sum() == 2
+    # 9 is the only guess of the longest match, 7 the other one of the next; four are common
+    text = [1, 2, 3, 9, 5, 2, 3, 7, 1, 2, 3]
+    law = drafter.law(context(text))
+    before = drafter.state().arrays
+    law.learn_along([came])
+    after = drafter.state().arrays
+    assert (after["trials"] - before["trials"]).sum() == counted
+    assert (after["hits"] - before["hits"]).sum() == right
 
 
 # ---- rows and the store ----
@@ -317,7 +332,7 @@ def test_a_later_row_goes_on_as_an_earlier_one() -> None:
     write(drafter, [30, 31], [10, 11, 12, 13, 14])
     drafter.start(0, (20, 10, 11), None)
     law = drafter.law(context([20, 10, 11]))
-    assert law.match_length == 2
+    assert drafter.match_length(0) == 2
     assert next(iter(chances(law))) == 12
     assert drafter.num_stored_tokens == 8  # the prompt's end, the output and an end
 

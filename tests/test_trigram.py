@@ -21,6 +21,8 @@ from specdec.errors import ConfigError, StateError
 from specdec.trees.tree import DraftTree
 from specdec.types import DraftContext, DraftLaw, PromptRows, StepOutcome, TargetInfo
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 VOCAB = 40
 MEBIBYTE = 1 << 20
 

@@ -11,6 +11,7 @@ import torch
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
 from specdec.trees.heap import LIKELY_CHILD, grow_by_heap, is_listed
+from specdec.trees.native_law import NativeLaw
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
 
@@ -113,6 +114,8 @@ def grow_likeliest(
         max_depth: the deepest level, whatever the budget.
         draw: how the nodes came to be.
     """
+    if isinstance(law, NativeLaw):
+        return law.grow(root, budget, max_branching=max_branching, max_depth=max_depth, draw=draw)
     if is_listed(law):
         return grow_by_heap(
             law, root, budget, max_branching=max_branching, max_depth=max_depth, draw=draw

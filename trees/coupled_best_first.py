@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from specdec.random import RandomSource
+from specdec.random import RandomSource, SeededRandom
 from specdec.trees.base import BasePolicy
 from specdec.trees.best_first import (
     Candidates,
@@ -19,6 +19,7 @@ from specdec.trees.best_first import (
     most_probable,
 )
 from specdec.trees.heap import grow_by_heap, is_listed
+from specdec.trees.native_law import KeyedNoise, NativeLaw
 from specdec.trees.tree import DraftTree
 from specdec.types import (
     Budget,
@@ -76,8 +77,11 @@ class CoupledBestFirst(BasePolicy):
         self._max_depth = max_depth
         self.weights = np.array(_START)
         self._squares = np.ones(4)
-        # the candidates of every node expanded for a tree that is still out, by the node's handle
-        self._out: WeakKeyDictionary[DraftTree, dict[int, _Candidates]] = WeakKeyDictionary()
+        # the candidates of every node expanded for a tree that is still out, by the node's handle,
+        # or the law that has noted them
+        self._out: WeakKeyDictionary[DraftTree, dict[int, _Candidates] | NativeLaw] = (
+            WeakKeyDictionary()
+        )
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
@@ -92,6 +96,17 @@ class CoupledBestFirst(BasePolicy):
                     draw=Draw.COUPLED,
                 )
             )
+        if isinstance(law, NativeLaw) and isinstance(random, SeededRandom):
+            tree = law.grow(
+                root,
+                budget,
+                max_branching=self._max_branching,
+                max_depth=self._max_depth,
+                draw=Draw.COUPLED,
+                noise=KeyedNoise(random.seed, random.row, self.weights),
+            )
+            self._out[tree] = law
+            return tree
         noted: dict[int, _Candidates] = {}
         if is_listed(law):
             tree = self._grow_listed(law, root, budget, random, noted)
@@ -170,10 +185,15 @@ class CoupledBestFirst(BasePolicy):
 
     def observe(self, outcome: StepOutcome) -> None:
         """Fits the estimate to what the target chose at the nodes it came by."""
-        noted = self._out.pop(outcome.tree.grown or outcome.tree, {})
-        nodes = [0, *outcome.path]
-        for node, token in zip(nodes, outcome.emitted, strict=False):
-            candidates = noted.get(outcome.tree.handles[node] if outcome.tree.handles else -1)
+        noted = self._out.pop(outcome.tree.grown or outcome.tree, None)
+        if noted is None or outcome.tree.handles is None:
+            return
+        handles = [outcome.tree.handles[node] for node in (0, *outcome.path)]
+        if isinstance(noted, NativeLaw):
+            noted.fit(handles, outcome.emitted, self.weights, self._squares)
+            return
+        for handle, token in zip(handles, outcome.emitted, strict=False):
+            candidates = noted.get(handle)
             if candidates is not None:
                 self._learn(candidates, token)
 
@@ -184,7 +204,7 @@ class CoupledBestFirst(BasePolicy):
         errors = np.exp(_log_softmax(terms @ self.weights)) - hit
         # a candidate that is padding has chance 0 and terms that must not enter a product
         gradient = errors @ np.where(np.isfinite(terms), terms, 0.0)
-        self._squares = np.maximum(_MEMORY * self._squares, _LEAST_SQUARE) + gradient**2
+        self._squares[:] = np.maximum(_MEMORY * self._squares, _LEAST_SQUARE) + gradient**2
         self.weights -= _RATE * gradient / np.sqrt(self._squares)
         np.maximum(self.weights[:3], 0.0, out=self.weights[:3])
 
