@@ -84,7 +84,7 @@ class Calibration:
         shape = (num_ranks, _NUM_BUCKETS)
         hits = state.array("hits", shape, np.float64)
         trials = state.array("trials", shape, np.float64)
-        if not (hits > 0).all() or not (trials > 0).all():
-            raise StateError("tables 'hits' and 'trials' must hold positive counts")
+        if not (np.isfinite(trials) & (hits > 0) & (hits <= trials)).all():
+            raise StateError("tables 'hits' and 'trials' must hold counts with 0 < hits <= trials")
         calibration._set(hits, trials)
         return calibration

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from specdec.drafters.learning import LearnedState, LearningDrafter
-from specdec.drafters.listed_law import guesses_of, rows_of
+from specdec.drafters.mixed_law import MixedLaw, Trust
 from specdec.errors import ConfigError, StateError
 from specdec.kernels.drafting import MOST_MIXED
-from specdec.trees.heap import is_listed
-from specdec.trees.native_law import NativeLaw, NativeTrust
+from specdec.trees.native_law import NativeLaw
 from specdec.types import (
     DraftContext,
     Drafter,
     DrafterNeeds,
     DraftLaw,
-    Guesses,
     LawRows,
-    ListedLaw,
     PromptRows,
     StepOutcome,
     TargetInfo,
 )
-
-_SHORTLIST = 16  # tokens of a source's row that are looked at
-_SLOWEST_RATE = 0.02  # by which an outcome moves the trust; the first ones move it faster
-_PRIOR_OUTCOMES = 3.0
-# how sure a source must be of its first token to come into the next class
-_CLASSES = [0.15, 0.35, 0.6, 0.85]
 
 
 class Hybrid(LearningDrafter):
@@ -63,8 +52,8 @@ class Hybrid(LearningDrafter):
             )
         self.sources = tuple(sources)
         self.needs = self._united_needs()
-        self._believe(_Trust.nothing(len(sources)))
-        self._laws: dict[int, _MixedLaw | NativeLaw] = {}
+        self._trust = Trust.nothing(len(sources))
+        self._laws: dict[int, MixedLaw | NativeLaw] = {}
 
     def attach(self, target: TargetInfo) -> None:
         """Attaches the sources; some know only now what they read of the target.
@@ -93,16 +82,7 @@ class Hybrid(LearningDrafter):
 
     def law(self, context: DraftContext) -> DraftLaw:
         """Returns the mixed law behind the row's text."""
-        laws = [source.law(context) for source in self.sources]
-        listed = [law for law in laws if is_listed(law)]
-        native = [law for law in laws if isinstance(law, NativeLaw)]
-        law: _MixedLaw | NativeLaw
-        if len(native) == len(laws):
-            law = self._native_trust().mixture(native)
-        elif len(listed) == len(laws):
-            law = _ListedMixture(self, listed)
-        else:
-            law = _MixedLaw(self, laws)
+        law = self._trust.law([source.law(context) for source in self.sources])
         self._laws[context.row] = law
         return law
 
@@ -110,7 +90,7 @@ class Hybrid(LearningDrafter):
         """Asks each source for all rows at once, then mixes."""
         if all(isinstance(law, NativeLaw) for law, _ in requests):
             return [law.rows(handles) for law, handles in requests]
-        own = [(cast("_MixedLaw", law), handles) for law, handles in requests]
+        own = [(cast("MixedLaw", law), handles) for law, handles in requests]
         answers = [
             source.expand([(law.laws[i], law.of_source(i, handles)) for law, handles in own])
             for i, source in enumerate(self.sources)
@@ -149,18 +129,16 @@ class Hybrid(LearningDrafter):
 
     def reset(self) -> None:
         """Forgets the weights and everything the sources have learned."""
-        self._believe(_Trust.nothing(len(self.sources)))
+        self._trust = Trust.nothing(len(self.sources))
         self._laws.clear()
         for source in self.sources:
             source.reset()
 
     def state(self) -> LearnedState:
         """Returns the weights and the states of the sources that learn."""
-        weights, outcomes = self._trust
-        known = outcomes[..., None] > 0
-        weights = np.where(known, weights, 1.0 / len(self.sources))
-        own = LearnedState({"weights": weights, "outcomes": outcomes.copy()})
-        return LearnedState.joined({"mixture": own} | {s.name: s.state() for s in self._learners})
+        return LearnedState.joined(
+            {"mixture": self._trust.state()} | {s.name: s.state() for s in self._learners}
+        )
 
     def restore(self, state: LearnedState) -> None:
         """Takes over weights and sources; the sources must be the same."""
@@ -168,14 +146,7 @@ class Hybrid(LearningDrafter):
         names = {"mixture", *(source.name for source in learning)}
         if set(state.facts) != names:
             raise StateError(f"expected the sources {sorted(names)}, got {sorted(state.facts)}")
-        own = state.part("mixture")
-        fresh = _Trust.nothing(len(self.sources))
-        weights = own.array("weights", fresh.weights.shape, np.float64)
-        outcomes = own.array("outcomes", fresh.outcomes.shape, np.float64)
-        if not np.allclose(weights.sum(axis=-1), 1.0) or weights.min() < 0:
-            raise StateError("the weights of a mixture must be shares that sum to one")
-        if not outcomes.min() >= 0:
-            raise StateError("the outcomes of a mixture must be counts")
+        trust = Trust.restored(state.part("mixture"), len(self.sources))
         before = {source.name: source.state() for source in learning}
         try:
             for source in learning:
@@ -184,44 +155,7 @@ class Hybrid(LearningDrafter):
             for source in learning:
                 source.restore(before[source.name])
             raise
-        self._believe(_Trust(np.array(weights), np.array(outcomes)))
-
-    def mix(self, rows: Sequence[Guesses]) -> _Mixture:
-        """Returns the mixture of what the sources guess at one node."""
-        # 0 where a source has no row, else 1 + the class of its first chance
-        classes = tuple(
-            [1 + bisect_left(_CLASSES, chances[0]) if chances else 0 for _, chances in rows]
-        )
-        weights = self._trust.of(classes)
-        mixed: dict[int, float] = {}
-        for weight, (tokens, chances) in zip(weights, rows, strict=True):
-            own = zip(tokens[:_SHORTLIST], chances, strict=False)
-            if mixed:
-                known = mixed.get
-                for token, chance in own:
-                    mixed[token] = known(token, 0.0) + weight * chance
-            else:
-                mixed = {token: weight * chance for token, chance in own}
-        ranked = sorted(mixed, key=mixed.__getitem__, reverse=True)
-        guesses = Guesses(ranked, list(map(mixed.__getitem__, ranked)))
-        return _Mixture(guesses, rows, weights, classes)
-
-    def learn(self, mixture: _Mixture, token: int) -> None:
-        """Moves the weights of a mixture towards the sources that guessed a token."""
-        own = zip(mixture.weights, mixture.rows, strict=True)
-        shares = [weight * _chance_of(token, row) for weight, row in own]
-        total = sum(shares)
-        if total:
-            self._trust.move(mixture.classes, [share / total for share in shares])
-
-    def _believe(self, trust: _Trust) -> None:
         self._trust = trust
-        self._native: NativeTrust | None = None  # the same for C code, once it is asked
-
-    def _native_trust(self) -> NativeTrust:
-        if self._native is None:
-            self._native = NativeTrust(*self._trust)
-        return self._native
 
     def _united_needs(self) -> DrafterNeeds:
         needs = [source.needs for source in self.sources]
@@ -253,120 +187,3 @@ class Hybrid(LearningDrafter):
     @property
     def _learners(self) -> list[LearningDrafter]:
         return [source for source in self.sources if isinstance(source, LearningDrafter)]
-
-
-class _Trust(NamedTuple):
-    """The weights of n sources by the class of each, and how many outcomes moved them.
-
-    Attributes:
-        weights: ``[classes, ..., n]`` float64; they are equal where no outcome was seen.
-        outcomes: ``[classes, ...]`` float64.
-    """
-
-    weights: np.ndarray
-    outcomes: np.ndarray
-
-    @classmethod
-    def nothing(cls, count: int) -> _Trust:
-        """Returns that of `count` sources before any outcome; memory is touched when it is used."""
-        # without a row, else by the chance of the first token
-        shape = (len(_CLASSES) + 2,) * count
-        return cls(np.zeros((*shape, count)), np.zeros(shape))
-
-    def of(self, classes: tuple[int, ...]) -> list[float]:
-        """Returns the weights of the sources."""
-        if not self.outcomes[classes]:
-            self.weights[classes] = 1.0 / len(classes)
-        weights: list[float] = self.weights[classes].tolist()
-        return weights
-
-    def move(self, classes: tuple[int, ...], shares: list[float]) -> None:
-        """Moves the weights towards the sources' shares in what was right."""
-        weights = self.of(classes)
-        self.outcomes[classes] += 1
-        rate = max(_SLOWEST_RATE, 1 / (float(self.outcomes[classes]) + _PRIOR_OUTCOMES))
-        pairs = zip(weights, shares, strict=True)
-        self.weights[classes] = [weight + rate * (share - weight) for weight, share in pairs]
-
-
-class _Mixture(NamedTuple):
-    """The guesses at one handle, and what of each source they were made from."""
-
-    guesses: Guesses
-    rows: Sequence[Guesses]
-    weights: list[float]
-    classes: tuple[int, ...]
-
-
-class _MixedLaw:
-    """A handle stands for one handle of each source's law."""
-
-    def __init__(self, drafter: Hybrid, laws: Sequence[DraftLaw]) -> None:
-        self._drafter = drafter
-        self.laws = laws
-        self._extends = [law.extend for law in laws]
-        self._handles = [[0] * len(laws)]
-        self.mixtures: dict[int, _Mixture] = {}
-
-    def extend(self, parent: int, token: int) -> int:
-        parents = self._handles[parent]
-        self._handles.append(
-            [extend(own, token) for extend, own in zip(self._extends, parents, strict=True)]
-        )
-        return len(self._handles) - 1
-
-    def of_source(self, index: int, handles: Sequence[int]) -> list[int]:
-        """Returns what a source calls these handles."""
-        return [self._handles[handle][index] for handle in handles]
-
-    def mixture(self, handle: int) -> _Mixture | None:
-        """Returns what the law said at a handle; None if it was not asked."""
-        return self.mixtures.get(handle)
-
-    def learn(self, handles: Sequence[int], tokens: Sequence[int]) -> None:
-        """Moves the weights, now that tokens came at the handles of a path."""
-        for handle, token in zip(handles, tokens, strict=False):
-            mixture = self.mixture(handle)
-            if mixture is not None:
-                self._drafter.learn(mixture, token)
-
-    def rows(self, handles: Sequence[int]) -> LawRows:
-        own = [law.rows(self.of_source(i, handles)) for i, law in enumerate(self.laws)]
-        return self.mixed(handles, own)
-
-    def mixed(self, handles: Sequence[int], rows: Sequence[LawRows]) -> LawRows:
-        """Returns the mixture of the sources' rows, likely first, and notes how it came about."""
-        by_handle = zip(*(guesses_of(row, _SHORTLIST) for row in rows), strict=True)
-        for handle, own in zip(handles, by_handle, strict=True):
-            self.mixtures[handle] = self._drafter.mix(own)
-        return rows_of([self.mixtures[handle].guesses for handle in handles])
-
-
-class _ListedMixture(_MixedLaw):
-    """A mixture of laws that are all looked up node by node."""
-
-    def __init__(self, drafter: Hybrid, laws: Sequence[ListedLaw]) -> None:
-        super().__init__(drafter, laws)
-        self._listed = laws
-
-    def guesses(self, handle: int) -> Guesses:
-        return self.mixture(handle).guesses
-
-    def mixture(self, handle: int) -> _Mixture:
-        """Returns what the law says at a handle, also where no tree needed to know."""
-        mixture = self.mixtures.get(handle)
-        if mixture is None:
-            own = self._handles[handle]
-            rows = [law.guesses(place) for law, place in zip(self._listed, own, strict=True)]
-            mixture = self.mixtures[handle] = self._drafter.mix(rows)
-        return mixture
-
-    def bound(self, handle: int) -> float:
-        """Returns the largest bound of the sources: no mixture is surer than the surest of them."""
-        own = self._handles[handle]
-        return max([law.bound(place) for law, place in zip(self._listed, own, strict=True)])
-
-
-def _chance_of(token: int, row: Guesses) -> float:
-    known = row.tokens[:_SHORTLIST]
-    return row.chances[known.index(token)] if token in known else 0.0

@@ -54,12 +54,7 @@ class NativeSuffixLaws:
         self._at = ctypes.addressof(parts)
 
     def law(self, matches: Sequence[Match], common: Common) -> NativeLaw:
-        """Returns the law behind the text.
-
-        Args:
-            matches: the longest one in each source.
-            common: what `commonest` gave.
-        """
+        """See `specdec.drafters.suffix_law.LawMaker.law`."""
         parts = self._parts
         for place, match in enumerate(matches):
             parts.matches[place] = match
@@ -67,6 +62,6 @@ class NativeSuffixLaws:
         return NativeLaw(functions().suffix_law(self._at), self._kept, common)
 
     def commonest(self) -> Common:
-        """Returns the commonest tokens of this text and of the younger store, likely first."""
+        """See `specdec.drafters.suffix_law.LawMaker.commonest`."""
         found = (FoundStruct * (2 * MOST_SUCCESSORS))()
         return Common(found, functions().suffix_commonest(self._at, found))

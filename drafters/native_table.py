@@ -16,7 +16,7 @@ from specdec.trees.native_law import NativeLaw
 
 
 class NativeTable:
-    """What `_PairLaw` of trigrams and `_MatrixLaw` of token recycling do, on the same arrays.
+    """What `PairTable` and the matrix of token recycling do, on the same arrays.
 
     Args:
         ids: ``[..., k]`` int32 successors; -1 is padding.
@@ -66,15 +66,22 @@ class NativeTable:
             write: number of the write, the age of what is stored by it.
         """
         ids, logits = scored.ids, scored.logits.float()
+        shape = (len(firsts), self._struct.k)
+        if not ids.shape == logits.shape == shape or ids.dtype is not torch.int64:
+            raise ValueError(
+                f"expected ids and logits {list(shape)}, int64 and floating point, got "
+                f"{list(ids.shape)} {ids.dtype} and {list(logits.shape)}"
+            )
+        ids, logits = ids.cpu(), logits.cpu()
         if ids.stride(1) != 1 or logits.stride(1) != 1:
             ids, logits = ids.contiguous(), logits.contiguous()
-        assert ids.dtype is torch.int64
         pairs = array("i", [0]) * (2 * len(firsts))
         pairs[::2], pairs[1::2] = array("i", firsts), array("i", scored.tokens)
         order, visited = array("i", scored.order), array("i", scored.visited)
         emitted = array("i", scored.emitted)
+        assert len(visited) == len(emitted)
         lists = [own.buffer_info()[0] for own in (pairs, order, visited, emitted)]
         seen = SeenStruct(*lists, ids.data_ptr(), logits.data_ptr())
-        seen.num, seen.num_visited, seen.write = len(firsts), len(emitted), write
+        seen.num, seen.num_visited, seen.write = len(firsts), len(visited), write
         seen.id_stride, seen.logit_stride = ids.stride(0), logits.stride(0)
         functions().table_learn(self._at, ctypes.byref(seen))

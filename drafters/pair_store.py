@@ -95,6 +95,11 @@ class PairStore:
         return int(np.count_nonzero(self._keys))
 
     @property
+    def num_successors(self) -> int:
+        """Entries of a row."""
+        return self._k
+
+    @property
     def num_pairs(self) -> int:
         """Slots."""
         return self._keys.size

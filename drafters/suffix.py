@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from specdec.drafters.native_automaton import NativeAutomaton
 from specdec.drafters.native_suffix import NativeSuffixLaws
 from specdec.drafters.suffix_automaton import Automaton, SuffixAutomaton
 from specdec.drafters.suffix_calibration import OWN, STORED, SuffixCalibration
-from specdec.drafters.suffix_law import Match, SuffixLaw, SuffixLaws
+from specdec.drafters.suffix_law import LawMaker, Match, SuffixLaw, SuffixLaws
 from specdec.drafters.suffix_store import TextStore
 from specdec.errors import ConfigError, StateError
 from specdec.kernels import drafting
@@ -46,7 +46,7 @@ class Suffix(LearningDrafter):
 
     Args:
         max_store_tokens: of earlier outputs, the eldest forgotten first; 0 for none. A token takes
-            about half a kilobyte once it is indexed.
+            some 100 bytes once it is indexed, half a kilobyte where there is no C compiler.
         max_contexts: matches to ask for a row, the empty phrase not counted.
         max_successors: guesses from each match.
 
@@ -75,7 +75,7 @@ class Suffix(LearningDrafter):
         self._vocab_size = 0
         native = drafting.serves()
         self._automaton: type[Automaton] = NativeAutomaton if native else SuffixAutomaton
-        self._make_laws: Any = NativeSuffixLaws if native else SuffixLaws
+        self._make_laws: Callable[..., LawMaker] = NativeSuffixLaws if native else SuffixLaws
         self._store = self._new_store()
         self._calibration = SuffixCalibration()
         self._rows: dict[int, _RowText] = {}
@@ -104,15 +104,14 @@ class Suffix(LearningDrafter):
         if text is None:
             text = self._rows[context.row] = _RowText((), self._automaton)
         text.extend(context.tokens[len(text.tokens) :], self._store)
-        self._prepare(text)
-        law: SuffixLaw | NativeLaw = text.laws.law(text.matches, text.common)
+        law: SuffixLaw | NativeLaw = self._laws_of(text).law(text.matches, text.common)
         text.law = law
         return law
 
-    def _prepare(self, text: _RowText) -> None:
-        """Brings up to date what a text's laws ask, and the commonest tokens, now and then."""
+    def _laws_of(self, text: _RowText) -> LawMaker:
+        """Returns what makes a text's laws; ranks the commonest tokens anew now and then."""
         size, version = len(text.own), self._store.version
-        if version != text.laws_version:
+        if text.laws is None or version != text.laws_version:
             sources = [(text.own, OWN), *((stored, STORED) for stored in self._store.automata)]
             limits = self._max_contexts, self._max_successors
             text.laws = self._make_laws(sources, self._calibration, *limits)
@@ -120,6 +119,7 @@ class Suffix(LearningDrafter):
         if size >= text.common_until:  # these change slowly
             text.common = text.laws.commonest()
             text.common_until = size + min(size // 16, _STEADY_TOKENS) + 1
+        return text.laws
 
     def _new_store(self) -> TextStore:
         return TextStore(self._max_store_tokens, self._automaton)
@@ -216,7 +216,7 @@ class _RowText:
         self.own.extend(self.tokens)
         self.law: SuffixLaw | NativeLaw | None = None
         self.matches: list[Match] = []  # in `own`, then in each automaton of the store
-        self.laws: Any = None  # what makes them
+        self.laws: LawMaker | None = None
         self.laws_version = -1  # of the store that they ask
         self.common: Any = ()
         self.common_until = 0  # tokens of the text; then they are to be ranked again

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter, neg
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from specdec.drafters.listed_law import ListedLaw
 from specdec.drafters.suffix_automaton import Automaton
@@ -49,6 +49,23 @@ class _Place:
     complete: bool = False
 
 
+class LawMaker(Protocol):
+    """Makes the laws of a text as it grows; see `SuffixLaws`."""
+
+    def law(self, matches: Sequence[Match], common: Any) -> Any:
+        """Returns the law behind the text.
+
+        Args:
+            matches: the longest one in each source.
+            common: what `commonest` gave, for nodes behind which it is not known better.
+        """
+        ...
+
+    def commonest(self) -> Any:
+        """Returns the commonest tokens of this text and of the younger store, likely first."""
+        ...
+
+
 class SuffixLaws(NamedTuple):
     """Makes the laws of a text as it grows.
 
@@ -65,16 +82,11 @@ class SuffixLaws(NamedTuple):
     max_successors: int
 
     def law(self, matches: Sequence[Match], common: Sequence[Found]) -> SuffixLaw:
-        """Returns the law behind the text.
-
-        Args:
-            matches: the longest one in each source.
-            common: what `commonest` gave, for nodes behind which it is not known better.
-        """
+        """See `LawMaker.law`."""
         return SuffixLaw(self, tuple(matches), common)
 
     def commonest(self) -> Sequence[Found]:
-        """Returns the commonest tokens of this text and of the younger store, likely first."""
+        """See `LawMaker.commonest`."""
         found: dict[int, Found] = {}
         contexts = [(0, 0, 0, source) for source in self.sources[:2]]
         # behind the matches in rank

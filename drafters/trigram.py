@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.checkpoint import find_shipped
 from specdec.drafters.counted_rows import counted_rows, triples_of
 from specdec.drafters.learning import LearnedState, LearningDrafter
-from specdec.drafters.listed_law import NOTHING, ListedLaw, at_most_certain
-from specdec.drafters.native_table import NativeTable
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
+from specdec.drafters.pair_table import SOURCES, PairTable
 from specdec.drafters.scored_nodes import ScoredNodes
-from specdec.drafters.slots import StoredRow, log_shares_of
 from specdec.drafters.trained_table import TrainedTable, load_table
 from specdec.errors import ConfigError, StateError
-from specdec.kernels import drafting
 from specdec.types import (
     DraftContext,
     DrafterNeeds,
@@ -32,12 +28,7 @@ from specdec.types import (
     TargetInfo,
 )
 
-# where a guess comes from: the pair's row, the last token's where the pair is unknown, and what
-# the last token's row names besides the pair's
-_SOURCES = ("pair", "single", "rest")
-_PAIR, _SINGLE, _REST = range(3)
 _NO_MODEL = object()
-SourcedRow = tuple[int, StoredRow]  # with the place of its source
 
 
 class Trigram(LearningDrafter):
@@ -82,7 +73,7 @@ class Trigram(LearningDrafter):
         prompt_rows: bool = True,
         weights: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._store = PairStore(num_pairs, num_successors)
+        self._table = PairTable(PairStore(num_pairs, num_successors))
         self._k = num_successors
         self.needs = DrafterNeeds(
             prompt_top_k=num_successors if prompt_rows else 0,
@@ -95,15 +86,6 @@ class Trigram(LearningDrafter):
         self._trained: TrainedTable | None = None
         self._trained_for: Any = _NO_MODEL  # whose table was looked for
         self._before: dict[int, int] = {}  # the token before the root, by row
-        self._calibrate([Calibration(num_successors) for _ in _SOURCES])
-
-    def _calibrate(self, calibrations: Sequence[Calibration]) -> None:
-        """Believes guesses as far as these say, and lays the store out for C code anew."""
-        self._calibrations = calibrations
-        self._native: NativeTable | None = None
-        if drafting.serves():
-            own = self._store.tables
-            self._native = NativeTable(own.ids, own.log_shares, calibrations, own.keys, own.ages)
 
     @classmethod
     def from_corpus(
@@ -146,7 +128,7 @@ class Trigram(LearningDrafter):
             )
         self._num_seen = max(self._num_seen, highest + 1)
         for rows in counted_rows(triples_of(arrays), self._k):
-            self._store.write(*rows)
+            self._table.store.write(*rows)
 
     def attach(self, target: TargetInfo) -> None:
         """Fits the store to a vocabulary; keeps a learned one that already fits.
@@ -159,7 +141,7 @@ class Trigram(LearningDrafter):
             raise ConfigError(
                 f"num_successors is {self._k}, but the vocabulary has {target.vocab_size} tokens"
             )
-        other = self._vocab_size not in (0, target.vocab_size) and len(self._store) > 0
+        other = self._vocab_size not in (0, target.vocab_size) and len(self._table.store) > 0
         if other or self._num_seen > target.vocab_size:
             learned = max(self._vocab_size, self._num_seen)
             raise ConfigError(
@@ -195,7 +177,7 @@ class Trigram(LearningDrafter):
             LearnedState({"hits": hits, "trials": trials})
             for hits, trials in zip(table.hits, table.trials, strict=True)
         ]
-        if width > self._k or len(state) != len(_SOURCES):
+        if width > self._k or len(state) != len(SOURCES):
             raise StateError(
                 f"the table has {width} successors a row, this drafter keeps {self._k}"
             )
@@ -203,17 +185,17 @@ class Trigram(LearningDrafter):
         ids = np.full((count, self._k), -1, dtype=np.int32)
         log_shares = np.full(ids.shape, -np.inf, dtype=np.float16)
         ids[:, :width], log_shares[:, :width] = table.ids, table.log_shares
-        self._store.write(table.firsts, table.seconds, ids, log_shares)
-        self._calibrate(calibrations)
+        self._table = PairTable(self._table.store, calibrations)
+        self._table.store.write(table.firsts, table.seconds, ids, log_shares)
 
     def judge(self, tokens: Sequence[int]) -> None:
         """Counts, along a text, which guesses of the store are right; stores nothing."""
         for first, second, following in zip(tokens, tokens[1:], tokens[2:], strict=False):
-            self._count(first, second, following)
+            self._table.count(first, second, following)
 
     def counts(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns hits and trials ``[sources, ranks, buckets]`` of the guesses so far."""
-        states = [calibration.state().arrays for calibration in self._calibrations]
+        states = [calibration.state().arrays for calibration in self._table.calibrations]
         return (
             np.stack([state["hits"] for state in states]),
             np.stack([state["trials"] for state in states]),
@@ -222,7 +204,7 @@ class Trigram(LearningDrafter):
     @property
     def nbytes(self) -> int:
         """Bytes of the store when it is full."""
-        return self._store.nbytes
+        return self._table.store.nbytes
 
     def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
         """Writes the prompt's rows."""
@@ -230,15 +212,13 @@ class Trigram(LearningDrafter):
         if prompt_rows is not None and len(prompt_rows.ids):
             count = len(prompt_rows.ids)
             tokens = [NO_TOKEN, *prompt[-count - 1 :]][-count - 1 :]
-            self._write(tokens[:-1], tokens[1:], prompt_rows.ids, prompt_rows.logits)
+            self._table.write(tokens[:-1], tokens[1:], prompt_rows.ids, prompt_rows.logits)
 
     def law(self, context: DraftContext) -> DraftLaw:
         """Returns the law that follows the store from the root."""
         before = context.tokens[-2] if len(context.tokens) > 1 else NO_TOKEN
         self._before[context.row] = before
-        if self._native is not None:
-            return self._native.law(before, context.tokens[-1])
-        return _PairLaw(self, before, context.tokens[-1])
+        return self._table.law(before, context.tokens[-1])
 
     def guesses(self, first: int, second: int) -> Guesses:
         """Returns the guesses behind two tokens, with the estimated chance of each.
@@ -247,28 +227,7 @@ class Trigram(LearningDrafter):
             first: `NO_TOKEN` where there is none.
             second: the last token.
         """
-        return self.guesses_of(self.rows(first, second))
-
-    def guesses_of(self, rows: Sequence[SourcedRow]) -> Guesses:
-        """Returns the guesses that `rows` of a pair come to."""
-        if not rows:
-            return NOTHING
-        source, (tokens, share_bits) = rows[0]
-        chances = self._calibrations[source].chances(share_bits)
-        if len(rows) == 1:
-            return Guesses(tokens, at_most_certain(chances))
-        source, (others, share_bits) = rows[1]
-        of_token = dict(zip(tokens, chances, strict=True))
-        of_others = self._calibrations[source].chances(share_bits)
-        for token, chance in zip(others, of_others, strict=True):
-            if token not in of_token:
-                of_token[token] = chance
-        ranked = sorted(of_token, key=of_token.__getitem__, reverse=True)
-        return Guesses(ranked, at_most_certain(list(map(of_token.__getitem__, ranked))))
-
-    def most(self, rows: Sequence[SourcedRow]) -> float:
-        """Returns what no chance of `guesses_of` exceeds."""
-        return max([self._calibrations[source].most(bits) for source, (_, bits) in rows], default=0)
+        return self._table.guesses_of(self._table.rows(first, second))
 
     def observe(self, outcomes: Sequence[StepOutcome]) -> None:
         """Counts which guesses were right, then stores every node's logits."""
@@ -277,13 +236,7 @@ class Trigram(LearningDrafter):
             self._before.get(own.row, NO_TOKEN) if own.before is None else own.before
             for own in outcomes
         ]
-        firsts, seconds = scored.tokens_above(before), scored.tokens
-        if self._native is not None:
-            self._native.learn(scored, firsts, self._store.next_write())
-        else:
-            for node, emitted in zip(scored.visited, scored.emitted, strict=True):
-                self._count(firsts[node], seconds[node], emitted)
-            self._write(firsts, seconds, scored.ids, scored.logits, scored.order)
+        self._table.learn(scored, scored.tokens_above(before))
         for outcome in outcomes:
             self._before[outcome.row] = [outcome.tree.token_list[0], *outcome.emitted][-2]
 
@@ -293,9 +246,9 @@ class Trigram(LearningDrafter):
 
     def reset(self) -> None:
         """Forgets the store and the calibrations, what a corpus gave included; weights stay."""
-        self._store.clear()
+        self._table.store.clear()
+        self._table = PairTable(self._table.store)
         self._num_seen = 0
-        self._calibrate([Calibration(self._k) for _ in _SOURCES])
         if self._trained is not None:
             self.take(self._trained)
 
@@ -304,9 +257,9 @@ class Trigram(LearningDrafter):
         facts = LearnedState({}, {"vocab_size": self._vocab_size, "num_seen": self._num_seen})
         counted = {
             name: calibration.state()
-            for name, calibration in zip(_SOURCES, self._calibrations, strict=True)
+            for name, calibration in zip(SOURCES, self._table.calibrations, strict=True)
         }
-        return LearnedState.joined({"store": self._store.state(), "of": facts, **counted})
+        return LearnedState.joined({"store": self._table.store.state(), "of": facts, **counted})
 
     def restore(self, state: LearnedState) -> None:
         """Takes over a store; it must be of this k, and of the target's vocabulary if attached.
@@ -321,69 +274,8 @@ class Trigram(LearningDrafter):
                 f"{self._vocab_size}; load it into a drafter of a target with its tokenizer"
             )
         bound = vocab_size or self._vocab_size or num_seen
-        store = PairStore.restored(state.part("store"), self._store.num_pairs, self._k, bound)
-        calibrations = [Calibration.restored(state.part(name), self._k) for name in _SOURCES]
-        self._store, self._num_seen = store, num_seen
+        num_pairs = self._table.store.num_pairs
+        store = PairStore.restored(state.part("store"), num_pairs, self._k, bound)
+        calibrations = [Calibration.restored(state.part(name), self._k) for name in SOURCES]
+        self._table, self._num_seen = PairTable(store, calibrations), num_seen
         self._vocab_size = self._vocab_size or vocab_size
-        self._calibrate(calibrations)
-
-    def rows(self, first: int, second: int) -> list[SourcedRow]:
-        """Returns what is stored behind two tokens, each row with its place in `_SOURCES`."""
-        single = self._store.row(NO_TOKEN, second)
-        # without a first token the pair is the single token itself, and counted as such
-        pair = None if first == NO_TOKEN else self._store.row(first, second)
-        if pair is None:
-            return [] if single is None else [(_SINGLE, single)]
-        return [(_PAIR, pair)] if single is None else [(_PAIR, pair), (_REST, single)]
-
-    def _count(self, first: int, second: int, emitted: int) -> None:
-        """Counts the guesses behind two tokens, now that the next one is known."""
-        named: set[int] = set()
-        for source, (ids, share_bits) in self.rows(first, second):
-            calibration = self._calibrations[source]
-            for rank, (token, bits) in enumerate(zip(ids, share_bits, strict=True)):
-                if token not in named:
-                    calibration.record(rank, bits, token == emitted)
-            named.update(ids)
-
-    def _write(
-        self,
-        firsts: Sequence[int],
-        seconds: Sequence[int],
-        ids: Tensor,
-        logits: Tensor,
-        order: Sequence[int] | None = None,
-    ) -> None:
-        successors = ids.numpy().astype(np.int32)
-        self._store.write(firsts, seconds, successors, log_shares_of(logits), order, alone=True)
-
-
-class _PairLaw(ListedLaw):
-    """A handle stands for its token and the one before it."""
-
-    def __init__(self, drafter: Trigram, before: int, root: int) -> None:
-        self._drafter = drafter
-        self._pairs = [(before, root)]
-        # many branches come by the same pair
-        self._rows: dict[tuple[int, int], list[SourcedRow]] = {}
-        self._known: dict[tuple[int, int], Guesses] = {}
-
-    def extend(self, parent: int, token: int) -> int:
-        self._pairs.append((self._pairs[parent][1], token))
-        return len(self._pairs) - 1
-
-    def bound(self, handle: int) -> float:
-        return self._drafter.most(self._stored(self._pairs[handle]))
-
-    def guesses(self, handle: int) -> Guesses:
-        pair = self._pairs[handle]
-        known = self._known.get(pair)
-        if known is None:
-            known = self._known[pair] = self._drafter.guesses_of(self._stored(pair))
-        return known
-
-    def _stored(self, pair: tuple[int, int]) -> list[SourcedRow]:
-        rows = self._rows.get(pair)
-        if rows is None:
-            rows = self._rows[pair] = self._drafter.rows(*pair)
-        return rows

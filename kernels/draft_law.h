@@ -1,7 +1,7 @@
 /* What drafters' tables say may follow a node, looked up node by node; see `specdec.types.ListedLaw`.
  *
- * The arithmetic is that of the Python laws beside it, operation by operation, so that both grow the
- * same trees: no product is fused with a sum.
+ * The arithmetic is that of the Python laws beside it, operation by operation, so that both rank
+ * alike what is equally likely: no product is fused with a sum.
  */
 #pragma once
 #include <stdint.h>
@@ -34,9 +34,11 @@ struct law {
     /* counts that tokens came at the handles of a path, the first at the root */
     void (*learn)(struct law *, const int32_t *handles, const int32_t *tokens, int64_t count);
     void (*end)(struct law *);
-    struct chunk *room; /* memory of the law, given back as a whole */
+    int64_t num_handles;     /* handles are the numbers below it */
+    struct chunk *room;      /* memory of the law, given back as a whole */
     struct weighed *weighed; /* of the handles below `num_weighed`; the policy's notes */
     int64_t num_weighed;
+    struct tree *tree; /* that was grown last */
 };
 
 struct chunk {
@@ -45,7 +47,7 @@ struct chunk {
     _Alignas(16) char bytes[];
 };
 
-/* A few kilobytes: where these cannot be had, nothing can go on. */
+/* Where memory cannot be had, nothing can go on. */
 static inline void *must(void *memory) {
     if (!memory) abort();
     return memory;
@@ -79,7 +81,7 @@ static inline void *grown(void *things, int64_t count, size_t size) {
     return must(realloc(things, (count ? 2 * count : 1) * size));
 }
 
-/* Puts the k likeliest of `count` guesses first, in falling order; of equal ones the earlier first.
+/* Puts the k > 0 likeliest of `count` guesses first, in falling order; of equal ones the earlier first.
  * Returns how many stand there. */
 static inline int64_t rank_guesses(int32_t *tokens, double *chances, int64_t count, int64_t k) {
     for (int64_t i = 1; i < count; i++) {

@@ -54,19 +54,31 @@ struct law *mixed_law(struct law *const *laws, int64_t num, const struct trust *
 
 void law_end(struct law *law) {
     law->end(law);
+    end_tree(law->tree);
     give_back(law);
     free(law);
 }
 
-int32_t law_extend(struct law *law, int32_t parent, int32_t token) {
-    return law->extend(law, parent, token);
+/* Returns whether a law has issued all these handles. */
+static int issued(const struct law *law, const int32_t *handles, int64_t count) {
+    for (int64_t i = 0; i < count; i++)
+        if (handles[i] < 0 || handles[i] >= law->num_handles) return 0;
+    return 1;
 }
 
-double law_bound(struct law *law, int32_t handle) { return law->bound(law, handle); }
+/* A handle that the law has not issued comes back as -1. */
+int32_t law_extend(struct law *law, int32_t parent, int32_t token) {
+    return issued(law, &parent, 1) ? law->extend(law, parent, token) : -1;
+}
+
+double law_bound(struct law *law, int32_t handle) {
+    return issued(law, &handle, 1) ? law->bound(law, handle) : -1;
+}
 
 /* The most guesses at one of the handles. */
 int64_t law_width(struct law *law, const int32_t *handles, int64_t count) {
     int64_t width = 0;
+    if (!issued(law, handles, count)) return -1;
     for (int64_t i = 0; i < count; i++) {
         const int64_t own = law->guesses(law, handles[i]).count;
         if (own > width) width = own;
@@ -87,8 +99,10 @@ void law_rows(struct law *law, const int32_t *handles, int64_t count, int64_t wi
 }
 
 /* Counts that tokens came at the handles of a path. */
-void law_learn(struct law *law, const int32_t *handles, const int32_t *tokens, int64_t count) {
+int64_t law_learn(struct law *law, const int32_t *handles, const int32_t *tokens, int64_t count) {
+    if (!issued(law, handles, count)) return -1;
     law->learn(law, handles, tokens, count);
+    return 0;
 }
 
 /* Counts that tokens came, one behind the other, from the root on. */
@@ -102,31 +116,28 @@ void law_learn_along(struct law *law, const int32_t *tokens, int64_t count) {
     free(handles);
 }
 
-int64_t law_grow(struct law *law, const struct plan *plan, int32_t root, int32_t *tokens,
-                 int32_t *parents, int32_t *handles, double *chances) {
-    return grow(law, plan, root, tokens, parents, handles, chances);
+const struct tree *law_grow(struct law *law, const struct plan *plan, int32_t root) {
+    return grow(law, plan, root);
 }
 
-void law_fit(struct law *law, const int32_t *handles, const int32_t *tokens, int64_t count,
-             double *weights, double *squares) {
+int64_t law_fit(struct law *law, const int32_t *handles, const int32_t *tokens, int64_t count,
+                double *weights, double *squares) {
+    if (!issued(law, handles, count)) return -1;
     fit_weights(law, handles, tokens, count, weights, squares);
+    return 0;
 }
 
-/* What a table sees of a step. */
-struct seen {
-    const struct pair *pairs;     /* [num], the nodes and the tokens before them */
-    const int32_t *order;         /* [num], in which their rows come */
-    const int32_t *visited;       /* [num_visited], nodes after which a token became text */
-    const int32_t *emitted;       /* [num_visited], these tokens */
-    const int64_t *ids;           /* [num, >= k], the target's likeliest behind each node */
-    const float *logits;          /* [num, >= k] */
-    int64_t num, num_visited, id_stride, logit_stride, write;
-};
+void table_learn(struct table *table, const struct seen *seen) { learn_step(table, seen); }
 
-/* Counts which guesses were right, then stores every node's row. */
-void table_learn(struct table *table, const struct seen *seen) {
-    for (int64_t i = 0; i < seen->num_visited; i++)
-        table_count(table, seen->pairs[seen->visited[i]], seen->emitted[i]);
-    store_rows(table, seen->pairs, seen->order, seen->num, seen->ids, seen->logits,
-               seen->id_stride, seen->logit_stride, (uint32_t)seen->write);
+/* What Python must agree with: sizes of structures and of what they hold. */
+void drafting_sizes(int64_t *sizes) {
+    const int64_t own[] = {
+        sizeof(struct match),  sizeof(struct successors), sizeof(struct table),
+        sizeof(struct seen),   sizeof(struct found),      sizeof(struct suffix_parts),
+        sizeof(struct trust),  sizeof(struct plan),       sizeof(struct tree),
+        SOURCES,               BUCKETS,                   CELLS,
+        WAYS,                  NUM_CLASSES,               MOST_MIXED,
+        MOST_SOURCES,          MOST_SUCCESSORS,
+    };
+    memcpy(sizes, own, sizeof own);
 }

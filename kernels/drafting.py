@@ -93,15 +93,33 @@ class TrustStruct(ctypes.Structure):
     _fields_ = (("weights", _POINTER), ("outcomes", _POINTER))
 
 
+class CouplingStruct(ctypes.Structure):
+    """`struct coupling`."""
+
+    _fields_ = (
+        ("weights", _POINTER),
+        ("seed", ctypes.c_uint64),
+        *((name, _LONG) for name in ("row", "position")),
+    )
+
+
 class PlanStruct(ctypes.Structure):
     """`struct plan`."""
 
     _fields_ = (
         *((name, _LONG) for name in ("nodes", "depth", "max_branching")),
         ("least_chance", _REAL),
-        ("weights", _POINTER),
-        ("seed", ctypes.c_uint64),
-        *((name, _LONG) for name in ("row", "position")),
+        ("noise", CouplingStruct),
+    )
+
+
+class TreeStruct(ctypes.Structure):
+    """`struct tree`."""
+
+    _fields_ = (
+        ("count", _LONG),
+        *((name, ctypes.POINTER(_INT)) for name in ("tokens", "parents", "handles")),
+        ("chances", ctypes.POINTER(_REAL)),
     )
 
 
@@ -125,10 +143,11 @@ _FUNCTIONS: dict[str, tuple[object, ...]] = {  # what comes back, then the argum
     "law_bound": (_REAL, _POINTER, _INT),
     "law_width": (_LONG, _POINTER, _POINTER, _LONG),
     "law_rows": (None, _POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER),
-    "law_learn": (None, _POINTER, _POINTER, _POINTER, _LONG),
+    "law_learn": (_LONG, _POINTER, _POINTER, _POINTER, _LONG),
     "law_learn_along": (None, _POINTER, _POINTER, _LONG),
-    "law_grow": (_LONG, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _POINTER, _POINTER),
-    "law_fit": (None, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER),
+    "law_grow": (ctypes.POINTER(TreeStruct), _POINTER, _POINTER, _INT),
+    "law_fit": (_LONG, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER),
+    "drafting_sizes": (None, _POINTER),
 }
 
 

@@ -28,18 +28,18 @@ struct mixed_law {
     struct law *laws[MOST_MIXED];
     int64_t num;
     struct trust trust;
-    int32_t *handles; /* [num_handles, num] */
+    int32_t *handles; /* [law.num_handles, num] */
     struct mixture *mixtures;
-    int64_t num_handles;
 };
 
 static int32_t mixed_add(struct mixed_law *own, const int32_t *handles) {
     const size_t size = own->num * sizeof *handles;
-    own->handles = grown(own->handles, own->num_handles, size);
-    own->mixtures = grown(own->mixtures, own->num_handles, sizeof *own->mixtures);
-    memcpy(own->handles + own->num_handles * own->num, handles, size);
-    own->mixtures[own->num_handles].asked = 0;
-    return (int32_t)own->num_handles++;
+    const int64_t handle = own->law.num_handles++;
+    own->handles = grown(own->handles, handle, size);
+    own->mixtures = grown(own->mixtures, handle, sizeof *own->mixtures);
+    memcpy(own->handles + handle * own->num, handles, size);
+    own->mixtures[handle].asked = 0;
+    return (int32_t)handle;
 }
 
 static int32_t mixed_extend(struct law *law, int32_t parent, int32_t token) {
@@ -89,6 +89,7 @@ static struct mixture *mixture_at(struct mixed_law *own, int32_t handle) {
         }
     }
     rank_guesses(tokens, chances, count, count);
+    while (count && chances[count - 1] == 0) count--; /* of a source that is not trusted at all */
     made->guesses = (struct guesses){count, tokens, chances};
     return made;
 }

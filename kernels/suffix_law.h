@@ -59,7 +59,6 @@ struct suffix_law {
     double chances[CELLS]; /* what guesses were worth when the law began */
     struct place **places; /* of each handle */
     double *paths;         /* the chance of each handle's path */
-    int64_t num_handles;
     struct place **known;
     int64_t num_known;
 };
@@ -198,11 +197,12 @@ static int32_t suffix_add(struct suffix_law *own, const struct match *matches, d
         own->known = grown(own->known, own->num_known, sizeof *own->known);
         own->known[own->num_known++] = place;
     }
-    own->places = grown(own->places, own->num_handles, sizeof *own->places);
-    own->paths = grown(own->paths, own->num_handles, sizeof *own->paths);
-    own->places[own->num_handles] = place;
-    own->paths[own->num_handles] = path;
-    return (int32_t)own->num_handles++;
+    const int64_t handle = own->law.num_handles++;
+    own->places = grown(own->places, handle, sizeof *own->places);
+    own->paths = grown(own->paths, handle, sizeof *own->paths);
+    own->places[handle] = place;
+    own->paths[handle] = path;
+    return (int32_t)handle;
 }
 
 static int32_t suffix_extend(struct law *law, int32_t parent, int32_t token) {

@@ -82,15 +82,15 @@ struct table_law {
     const struct table *table;
     struct pair *pairs;    /* of each handle */
     struct guesses *known; /* of each handle; count -1: not asked */
-    int64_t num_handles;
 };
 
 static int32_t table_add(struct table_law *own, struct pair pair) {
-    own->pairs = grown(own->pairs, own->num_handles, sizeof *own->pairs);
-    own->known = grown(own->known, own->num_handles, sizeof *own->known);
-    own->pairs[own->num_handles] = pair;
-    own->known[own->num_handles].count = -1;
-    return (int32_t)own->num_handles++;
+    const int64_t handle = own->law.num_handles++;
+    own->pairs = grown(own->pairs, handle, sizeof *own->pairs);
+    own->known = grown(own->known, handle, sizeof *own->known);
+    own->pairs[handle] = pair;
+    own->known[handle].count = -1;
+    return (int32_t)handle;
 }
 
 static int32_t table_extend(struct law *law, int32_t parent, int32_t token) {
@@ -152,17 +152,24 @@ static void table_count(struct table *t, struct pair pair, int32_t emitted) {
         }
 }
 
+/* A table learns from what the target said of every node, by `table_learn`. */
+static void learns_elsewhere(struct law *law, const int32_t *handles, const int32_t *tokens,
+                             int64_t count) {
+    (void)law, (void)handles, (void)tokens, (void)count;
+}
+
 static void table_end(struct law *law) {
     struct table_law *own = (struct table_law *)law;
     free(own->pairs);
     free(own->known);
 }
 
-/* A law from a root and the token before it; the table counts what it sees itself. */
+/* A law from a root and the token before it. */
 static struct law *new_table_law(const struct table *table, int32_t before, int32_t root) {
     struct table_law *own = must(calloc(1, sizeof *own));
     own->law = (struct law){.extend = table_extend, .guesses = table_guesses,
-                            .bound = table_bound, .end = table_end};
+                            .bound = table_bound, .learn = learns_elsewhere,
+                            .end = table_end};
     own->table = table;
     table_add(own, (struct pair){before, root});
     return &own->law;
@@ -172,12 +179,6 @@ static struct law *new_table_law(const struct table *table, int32_t before, int3
 
 /* The bits of a float16, rounded to the nearest, ties to even; out of its reach: infinite. */
 static inline uint16_t float16_of(float value) {
-#ifdef __FLT16_MAX__
-    const _Float16 half = (_Float16)value;
-    uint16_t bits;
-    memcpy(&bits, &half, sizeof bits);
-    return bits;
-#else
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     const uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
@@ -190,7 +191,6 @@ static inline uint16_t float16_of(float value) {
     whole += 0.5f; /* the last bit of 0.5 is 2**-24, the smallest step of a float16 */
     memcpy(&bits, &whole, sizeof bits);
     return (uint16_t)(sign | (bits - 0x3F000000));
-#endif
 }
 
 /* Puts the logs of the logits' shares into a slot, and whose they are. */
@@ -262,4 +262,23 @@ static void store_rows(struct table *t, const struct pair *pairs, const int32_t 
     }
     free(all);
     free(places);
+}
+
+/* What a table sees of a step. */
+struct seen {
+    const struct pair *pairs; /* [num], the nodes and the tokens before them */
+    const int32_t *order;   /* [num], in which their rows come */
+    const int32_t *visited; /* [num_visited], nodes after which a token became text */
+    const int32_t *emitted; /* [num_visited], these tokens */
+    const int64_t *ids;     /* [num, >= k], the target's likeliest behind each node */
+    const float *logits;    /* [num, >= k] */
+    int64_t num, num_visited, id_stride, logit_stride, write;
+};
+
+/* Counts which guesses were right, then stores every node's row. */
+static void learn_step(struct table *table, const struct seen *seen) {
+    for (int64_t i = 0; i < seen->num_visited; i++)
+        table_count(table, seen->pairs[seen->visited[i]], seen->emitted[i]);
+    store_rows(table, seen->pairs, seen->order, seen->num, seen->ids, seen->logits,
+               seen->id_stride, seen->logit_stride, (uint32_t)seen->write);
 }

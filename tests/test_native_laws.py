@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import math
 import pickle
 from collections.abc import Callable
@@ -12,12 +13,16 @@ import pytest
 import torch
 
 from specdec.drafters import Hybrid, PromptLookup, Suffix, TokenRecycling, Trigram
+from specdec.drafters.calibration import Calibration
 from specdec.drafters.learning import LearningDrafter
 from specdec.drafters.native_automaton import NativeAutomaton
+from specdec.drafters.pair_store import PairStore
+from specdec.drafters.pair_table import SOURCES
+from specdec.drafters.suffix_calibration import SuffixCalibration
 from specdec.errors import ConfigError, LogitsError
 from specdec.kernels import drafting
 from specdec.random import row_streams
-from specdec.trees import CoupledBestFirst, DraftTree
+from specdec.trees import BestFirst, CoupledBestFirst, DraftTree
 from specdec.trees.grow import grow_trees
 from specdec.trees.native_law import NativeLaw
 from specdec.types import Budget, DraftContext, DraftLaw, Root, StepOutcome, TargetInfo
@@ -36,7 +41,7 @@ MAKERS: dict[str, Callable[[], LearningDrafter]] = {
 }
 
 
-def each_way(
+def with_and_without_c(
     make: Callable[[], LearningDrafter], monkeypatch: pytest.MonkeyPatch
 ) -> list[LearningDrafter]:
     """Returns a drafter with C code, and one without."""
@@ -71,6 +76,13 @@ def outcome_of(row: int, tree: DraftTree, before: int) -> StepOutcome:
         path.append(node)
 
 
+def calibrations_of(drafter: LearningDrafter) -> list[Calibration]:
+    if isinstance(drafter, Trigram):
+        return list(drafter._table.calibrations)
+    assert isinstance(drafter, TokenRecycling)
+    return [drafter._calibration]
+
+
 def grown(policy: CoupledBestFirst, law: DraftLaw, root: Root, budget: Budget) -> DraftTree:
     plan = policy.grow(law, root, budget, row_streams(7, 1).draft)
     return grow_trees([(law, plan)], lambda _: pytest.fail("a table has no levels to answer"))[0]
@@ -91,7 +103,7 @@ def assert_same_state(one: LearningDrafter, other: LearningDrafter) -> None:
 def test_trees_and_what_is_learned_are_those_of_the_reference(
     name: str, greedy: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drafters = each_way(MAKERS[name], monkeypatch)
+    drafters = with_and_without_c(MAKERS[name], monkeypatch)
     policies = [CoupledBestFirst(max_branching=5, max_depth=7) for _ in drafters]
     for policy in policies:
         policy.weights[:3] = 0.05, 0.7, 0.05  # they reach zero, where they are held
@@ -134,7 +146,7 @@ def test_a_law_answers_single_handles_as_the_reference_does(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For policies that go level by level, and sources of mixtures that are not all in C."""
-    drafters = each_way(MAKERS[name], monkeypatch)
+    drafters = with_and_without_c(MAKERS[name], monkeypatch)
     text = np.random.default_rng(0).integers(VOCAB // 4, size=120).tolist()
     for place in range(2, 60):
         for drafter in drafters:
@@ -161,7 +173,7 @@ def test_of_equal_paths_the_shallower_comes_first(
     kind: type[LearningDrafter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trees = []
-    for drafter in each_way(lambda: kind(num_successors=2), monkeypatch):  # type: ignore[call-arg]
+    for drafter in with_and_without_c(lambda: kind(num_successors=2), monkeypatch):  # type: ignore[call-arg]
         for token in range(VOCAB):
             logits = torch.full((1, VOCAB), -9.0)
             # behind token 1 another is certain, behind the others they have 1/2 and 1/4
@@ -169,7 +181,7 @@ def test_of_equal_paths_the_shallower_comes_first(
             logits[0, (token + 2) % VOCAB] = 0.0
             tree = DraftTree.root_only(token)
             drafter.observe([StepOutcome(0, tree, [], [0], logits)])
-        for calibration in getattr(drafter, "_calibrations", [getattr(drafter, "_calibration", 0)]):
+        for calibration in calibrations_of(drafter):
             half = len(calibration.of_cells) // 2
             first = [0.5] * (half - 1) + [1.0]
             second = [2.0**-60] + [0.25] * (half - 1)
@@ -216,7 +228,8 @@ def test_laws_outlive_the_tables_they_were_made_of() -> None:
     assert law.guesses(0) == before
 
 
-def test_a_law_that_holds_nan_is_refused() -> None:
+@pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
+def test_a_law_that_holds_nan_is_refused(greedy: bool) -> None:
     drafter = Suffix()
     drafter.attach(TargetInfo(VOCAB))
     drafter.start(0, (1, 2, 3, 1), None)
@@ -224,7 +237,7 @@ def test_a_law_that_holds_nan_is_refused() -> None:
         drafter._calibration.chances[cell] = math.nan
     law = drafter.law(DraftContext(0, (1, 2, 3, 1, 2), 9))
     with pytest.raises(LogitsError, match="the chance nan"):
-        grown(CoupledBestFirst(), law, Root(2, 4, greedy=True), Budget(4, 4))
+        grown(CoupledBestFirst(), law, Root(2, 4, greedy), Budget(4, 4))
 
 
 def test_what_holds_memory_of_c_is_neither_copied_nor_saved() -> None:
@@ -234,6 +247,139 @@ def test_what_holds_memory_of_c_is_neither_copied_nor_saved() -> None:
         for save in (copy.copy, copy.deepcopy, pickle.dumps):
             with pytest.raises(TypeError, match="memory of C code"):
                 save(held)
+
+
+def test_handles_that_were_not_issued_are_refused() -> None:
+    for name in MAKERS:
+        drafter = MAKERS[name]()
+        drafter.attach(TargetInfo(VOCAB))
+        law = drafter.law(DraftContext(0, (1, 2, 1, 2), 9))
+        law.extend(0, 1)
+        for handle in (-1, 2, 1 << 30):
+            for ask in (
+                lambda handle=handle, law=law: law.guesses(handle),
+                lambda handle=handle, law=law: law.rows([0, handle]),
+                lambda handle=handle, law=law: law.bound(handle),
+                lambda handle=handle, law=law: law.extend(handle, 1),
+                lambda handle=handle, law=law: law.learn([0, handle], [1, 2]),
+                lambda handle=handle, law=law: law.fit([handle], [1], np.ones(4), np.ones(4)),
+            ):
+                with pytest.raises(IndexError, match="not issued"):
+                    ask()
+        law.learn([0, 1], [1, 2])
+        law.learn_along([1, 2])
+
+
+@pytest.mark.parametrize("kind", [BestFirst, CoupledBestFirst])
+def test_trees_without_branches_or_levels_are_refused(kind: type[BestFirst]) -> None:
+    for option in ("max_branching", "max_depth"):
+        with pytest.raises(ConfigError, match="at least 1, got"):
+            kind(**{option: 0})
+
+
+def test_a_budget_is_no_promise_of_memory() -> None:
+    drafter = Suffix()
+    drafter.attach(TargetInfo(VOCAB))
+    drafter.start(0, (1, 2, 3, 1), None)
+    law = drafter.law(DraftContext(0, (1, 2, 3, 1, 2), 9))
+    tree = grown(CoupledBestFirst(), law, Root(2, 4, greedy=True), Budget(10**15, 2))
+    assert 1 < len(tree) < 50
+    assert len(grown(CoupledBestFirst(), law, Root(2, 4), Budget(0, 2))) == 1
+
+
+def test_a_source_that_is_not_trusted_at_all_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for drafter in with_and_without_c(lambda: Hybrid([Suffix(), TokenRecycling()]), monkeypatch):
+        state = drafter.state()
+        for name, table in (("weights", [0.0, 1.0]), ("outcomes", 5.0)):
+            state.arrays[f"mixture/{name}"] = np.zeros_like(
+                state.arrays[f"mixture/{name}"]
+            ) + np.array(table)
+        drafter.restore(state)
+        drafter.start(0, (1, 2, 3, 1), None)
+        law = drafter.law(DraftContext(0, (1, 2, 3, 1, 2), 9))
+        assert list(law.guesses(0).tokens) == []
+        assert len(grown(CoupledBestFirst(), law, Root(2, 4), Budget(4, 4))) == 1
+
+
+def test_structures_are_those_of_the_c_code() -> None:
+    sizes = (ctypes.c_int64 * 17)()
+    drafting.functions().drafting_sizes(sizes)
+    structures = (
+        *(drafting.MatchStruct, drafting.SuccessorsStruct, drafting.TableStruct),
+        *(drafting.SeenStruct, drafting.FoundStruct, drafting.SuffixPartsStruct),
+        *(drafting.TrustStruct, drafting.PlanStruct, drafting.TreeStruct),
+    )
+    hits = Calibration(3).state().arrays["hits"]
+    cells, trust = SuffixCalibration().hits.size, Hybrid([Suffix()]).state()
+    numbers = [len(SOURCES), hits.shape[1], cells, PairStore(64, 1).tables.keys.shape[1]]
+    numbers += [len(trust.arrays["mixture/outcomes"]), drafting.MOST_MIXED]
+    numbers += [drafting.MOST_SOURCES, drafting.MOST_SUCCESSORS]
+    assert list(sizes) == [*map(ctypes.sizeof, structures), *numbers]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.3, 4.0, 60.0, 3e4])
+def test_shares_are_stored_as_numpy_rounds_them(scale: float) -> None:
+    drafter = TokenRecycling(num_successors=6)
+    drafter.attach(TargetInfo(VOCAB))
+    logits = scale * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1))
+    logits[:, 0] = logits.max(dim=1).values + torch.arange(VOCAB) * 0.5  # shares near one
+    tree = DraftTree.from_lists(list(range(VOCAB)), list(range(-1, VOCAB - 1)))
+    drafter.observe([StepOutcome(0, tree, [], [1], logits)])
+    stored = drafter.state().arrays["log_shares"].astype(np.float64)
+    top = logits.topk(6).values.double()
+    exact = torch.log_softmax(top, dim=1).numpy()
+    assert np.array_equal(np.isinf(stored), exact < -65519)
+    finite = np.isfinite(stored)
+    # half a step of a float16, and what float32 cannot hold of the difference
+    np.testing.assert_allclose(stored[finite], exact[finite], rtol=2**-11 + 1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_rows_of_a_batch_share_tables_as_in_the_reference(
+    name: str, greedy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several laws at once, trees that were cut, and rows that end while others are asked."""
+    drafters = with_and_without_c(MAKERS[name], monkeypatch)
+    policies = [CoupledBestFirst() for _ in drafters]
+    rng = np.random.default_rng(5)
+    texts = {row: rng.integers(VOCAB, size=4 + row).tolist() for row in range(4)}
+    for drafter in drafters:
+        for row, text in texts.items():
+            drafter.start(row, tuple(text[:-1]), None)
+    for step in range(20):
+        laws = [
+            [drafter.law(DraftContext(row, tuple(text), 50)) for row, text in texts.items()]
+            for drafter in drafters
+        ]
+        if step in (6, 12):  # a row's output comes into the store, and generations go
+            ended = next(iter(texts))
+            for drafter, own in zip(drafters, laws, strict=True):
+                drafter.stop(ended)
+                del own[0]
+            del texts[ended]
+        outcomes = []
+        for place, (row, text) in enumerate(texts.items()):
+            root = Root(text[-1], len(text) - 1, greedy)
+            trees = [
+                grown(policy, own[place], root, Budget(40, 8))
+                for policy, own in zip(policies, laws, strict=True)
+            ]
+            assert trees[0].token_list == trees[1].token_list
+            assert trees[0].parent_list == trees[1].parent_list
+            if step % 3 == 0:
+                trees = [tree.cut(range(len(tree) // 2)) for tree in trees]
+            outcomes.append([outcome_of(row, tree, text[-2]) for tree in trees])
+            text += outcomes[-1][0].emitted
+        for drafter, policy, own in zip(
+            drafters, policies, map(list, zip(*outcomes, strict=True)), strict=True
+        ):
+            for outcome in own:
+                policy.observe(outcome)
+            drafter.observe(own)
+    if "crowded" not in name:  # many new keys of one set at once take other slots there
+        assert_same_state(*drafters)
+    assert policies[0].weights == pytest.approx(policies[1].weights, rel=1e-9)
 
 
 def test_a_mixture_of_too_many_is_refused() -> None:

@@ -62,7 +62,7 @@ def observe(
 
 def is_known(drafter: Trigram, first: int, second: int) -> bool:
     """Tells whether the two tokens have a row of their own."""
-    return drafter._store.row(first, second) is not None
+    return drafter._table.store.row(first, second) is not None
 
 
 TREE = DraftTree.from_lists([1, 2, 3], [-1, 0, 0])
@@ -219,7 +219,7 @@ def test_a_corpus_gives_counts_after_two_tokens_and_after_one() -> None:
             # the text's own first token has no pair, but a successor
             whole = text if first != NO_TOKEN else [NO_TOKEN, *text]
             counts = counted_by_hand(whole, first, second)
-            _, stored = drafter._store.row(first, second) or ([], [])
+            _, stored = drafter._table.store.row(first, second) or ([], [])
             expected = sorted(counts.values(), reverse=True)
             shares = np.exp(np.array(stored, dtype=np.uint16).view(np.float16).astype(np.float64))
             assert (shares * (sum(expected) + 1)).tolist() == pytest.approx(expected, rel=5e-3)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from specdec.errors import ConfigError
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
 from specdec.trees.heap import LIKELY_CHILD, grow_by_heap, is_listed
@@ -31,12 +32,20 @@ class BestFirst(BasePolicy):
     Args:
         max_branching: the most children a node may get.
         max_depth: the deepest level.
+
+    Raises:
+        ConfigError: if one is less than 1.
     """
 
     name = "best_first"
     draws = frozenset({Draw.POINT})
 
     def __init__(self, max_branching: int = 16, max_depth: int = 16) -> None:
+        if max_branching < 1 or max_depth < 1:
+            raise ConfigError(
+                "max_branching and max_depth must be at least 1, got "
+                f"{max_branching} and {max_depth}"
+            )
         self._max_branching = max_branching
         self._max_depth = max_depth
 
@@ -61,6 +70,9 @@ class TopN(BasePolicy):
     Args:
         width: nodes expanded at each level, and children each may get.
         max_depth: the deepest level.
+
+    Raises:
+        ConfigError: if one is less than 1.
     """
 
     name = "top_n"

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from specdec.errors import ConfigError
 from specdec.random import RandomSource, SeededRandom
 from specdec.trees.base import BasePolicy
 from specdec.trees.best_first import (
@@ -67,12 +68,20 @@ class CoupledBestFirst(BasePolicy):
     Args:
         max_branching: the most children a node may get.
         max_depth: the deepest level.
+
+    Raises:
+        ConfigError: if one is less than 1.
     """
 
     name = "coupled_best_first"
     draws = frozenset({Draw.COUPLED})
 
     def __init__(self, max_branching: int = 16, max_depth: int = 16) -> None:
+        if max_branching < 1 or max_depth < 1:
+            raise ConfigError(
+                "max_branching and max_depth must be at least 1, got "
+                f"{max_branching} and {max_depth}"
+            )
         self._max_branching = max_branching
         self._max_depth = max_depth
         self.weights = np.array(_START)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 
 from specdec.errors import LogitsError
-from specdec.kernels.drafting import NO_CHANCE, PlanStruct, TrustStruct, functions
+from specdec.kernels.drafting import NO_CHANCE, CouplingStruct, PlanStruct, functions
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, Draw, Guesses, LawRows, Root
 
@@ -36,6 +35,8 @@ class KeyedNoise(NamedTuple):
 class NativeLaw:
     """A `ListedLaw` that C code looks up, extends and grows trees from, a call for a tree.
 
+    Methods raise IndexError for a handle that the law has not issued.
+
     Args:
         pointer: of the law; freed with this object.
         parts: what the law points to: kept as long.
@@ -55,11 +56,15 @@ class NativeLaw:
     def extend(self, parent: int, token: int) -> int:
         """Returns a new handle for `parent` followed by `token`."""
         handle: int = functions().law_extend(self.pointer, parent, token)
+        if handle < 0:
+            raise _unknown([parent])
         return handle
 
     def bound(self, handle: int) -> float:
         """Returns what no chance among a handle's guesses exceeds."""
         bound: float = functions().law_bound(self.pointer, handle)
+        if bound < 0:
+            raise _unknown([handle])
         return bound
 
     def guesses(self, handle: int) -> Guesses:
@@ -81,6 +86,8 @@ class NativeLaw:
         own, asked = functions(), array("i", handles)
         place, count = asked.buffer_info()
         width = own.law_width(self.pointer, place, count)
+        if width < 0:
+            raise _unknown(handles)
         ids, chances = np.empty((count, width), np.int32), np.empty((count, width))
         own.law_rows(self.pointer, place, count, width, ids.ctypes.data, chances.ctypes.data)
         return ids, chances
@@ -89,7 +96,9 @@ class NativeLaw:
         """Counts that tokens came at the handles of a path; the shorter of both tells how many."""
         count = min(len(handles), len(tokens))
         at, came = array("i", handles), array("i", tokens)
-        functions().law_learn(self.pointer, at.buffer_info()[0], came.buffer_info()[0], count)
+        places = at.buffer_info()[0], came.buffer_info()[0]
+        if functions().law_learn(self.pointer, *places, count):
+            raise _unknown(handles)
 
     def learn_along(self, tokens: Sequence[int]) -> None:
         """Counts that tokens came, one behind the other, from the root on."""
@@ -114,7 +123,9 @@ class NativeLaw:
         count = min(len(handles), len(tokens))
         at, came = array("i", handles), array("i", tokens)
         places = at.buffer_info()[0], came.buffer_info()[0]
-        functions().law_fit(self.pointer, *places, count, weights.ctypes.data, squares.ctypes.data)
+        tables = weights.ctypes.data, squares.ctypes.data
+        if functions().law_fit(self.pointer, *places, count, *tables):
+            raise _unknown(handles)
 
     def grow(
         self,
@@ -142,50 +153,23 @@ class NativeLaw:
         depth = min(budget.depth, max_depth)
         plan = PlanStruct(budget.nodes, depth, max_branching, budget.least_chance)
         if noise is not None:
-            plan.weights = noise.weights.ctypes.data
-            plan.seed, plan.row, plan.position = noise.seed, noise.row, root.position
-        ints, reals = _arrays(budget.nodes + 1)
-        tokens, parents, handles, chances = ints(), ints(), ints(), reals()
-        count = functions().law_grow(
-            self.pointer, ctypes.byref(plan), root.token, tokens, parents, handles, chances
-        )
+            weights = noise.weights.ctypes.data
+            plan.noise = CouplingStruct(weights, noise.seed, noise.row, root.position)
+        made = functions().law_grow(self.pointer, ctypes.byref(plan), root.token).contents
+        count = made.count
         if count == NO_CHANCE:
             raise LogitsError(
-                f"the draft law gives token {tokens[0]} the chance {chances[0]}: "
+                f"the draft law gives token {made.tokens[0]} the chance {made.chances[0]}: "
                 "drafters must guess with chances between 0 and 1"
             )
         return DraftTree.from_lists(
-            tokens[:count],
-            parents[:count],
+            made.tokens[:count],
+            made.parents[:count],
             [_POINT, *[int(draw)] * (count - 1)],
-            chances=chances[:count],
-            handles=handles[:count],
+            chances=made.chances[:count],
+            handles=made.handles[:count],
         )
 
 
-class NativeTrust:
-    """Makes the mixtures that `specdec.drafters.hybrid` describes.
-
-    Args:
-        weights: ``[classes, ..., n]`` float64 of n laws, written to by `NativeLaw.learn`.
-        outcomes: ``[classes, ...]`` float64, written to.
-    """
-
-    def __init__(self, weights: np.ndarray, outcomes: np.ndarray) -> None:
-        self._kept = weights, outcomes
-        self._struct = TrustStruct(weights.ctypes.data, outcomes.ctypes.data)
-        self._at = ctypes.addressof(self._struct)
-        self._pointers = ctypes.c_void_p * weights.shape[-1]
-
-    def mixture(self, laws: Sequence[NativeLaw]) -> NativeLaw:
-        """Returns the mixture of n laws at their roots."""
-        pointers = self._pointers(*[law.pointer for law in laws])
-        return NativeLaw(functions().mixed_law(pointers, len(laws), self._at), laws, self._kept)
-
-
-@functools.lru_cache(maxsize=256)
-def _arrays(
-    count: int,
-) -> tuple[type[ctypes.Array[ctypes.c_int32]], type[ctypes.Array[ctypes.c_double]]]:
-    """Returns the types of so many integers and numbers."""
-    return ctypes.c_int32 * count, ctypes.c_double * count
+def _unknown(handles: Sequence[int]) -> IndexError:
+    return IndexError(f"the law has not issued all of the handles {list(handles)}")
