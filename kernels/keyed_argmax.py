@@ -33,11 +33,9 @@ def keyed_argmax(scores: Tensor, seed: int, row: int, position: int) -> int:
         scores = scores.float()
     raw = scores.detach().numpy()
     if raw.dtype == np.float32 and philox_native.serves():
-        support, words = philox_native.candidates(
-            seed, row, position, raw, near=_NEAR, slack=_SLACK
-        )
-    else:
-        support, words = _candidates(seed, row, position, raw)
+        place = philox_native.choice(seed, row, position, raw, near=_NEAR, slack=_SLACK)
+        return keyed_argmax_reference(scores, seed, row, position) if place < 0 else place
+    support, words = _candidates(seed, row, position, raw)
     if len(support) == 1:
         return int(support[0])
     if len(support) == 0:  # the largest is not finite
@@ -49,7 +47,10 @@ def keyed_argmax(scores: Tensor, seed: int, row: int, position: int) -> int:
 def _candidates(
     seed: int, row: int, position: int, raw: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Does what `philox_native.candidates` says, with numpy, and for float64 too."""
+    """Returns the places ``[c]`` of scores that may be the largest with their noise, and its words.
+
+    With numpy, also for float64; the largest score is finite.
+    """
     top = int(raw.argmax())
     values = raw - raw[top]  # near the top exact, wherever the scores lie
     words = keyed_words(seed, row, position, len(values))

@@ -46,24 +46,26 @@ static float largest(const float *scores, int64_t count) {
     return top;
 }
 
-/* The places whose score plus noise may be the largest, in order, and their words; returns how many.
+/* The place of the largest score plus noise, the first of several; -1 if the largest score is no
+ * finite number.
  *
  * Noise g = -log(-log(1 - u)) is at most -log u: a score that lies d below what another one reaches
  * needs a word of at most 2**32 exp(-d). Words are made where a score lies less than `range` below
- * the largest one, and weighed where it lies near what that one reaches or the word is rare.
+ * the largest one, and noise where it lies near what that one reaches or the word is rare.
  */
-int64_t philox_candidates(uint64_t key, uint32_t position, uint32_t row, uint32_t nonce,
-                          const float *scores, int64_t count, float range, double near,
-                          double slack, int64_t *places, uint32_t *out) {
+int64_t philox_choice(uint64_t key, uint32_t position, uint32_t row, uint32_t nonce,
+                      const float *scores, int64_t count, float range, double near, double slack) {
     const float top = largest(scores, count);
-    int64_t first = 0, found = 0;
+    int64_t first = 0;
     while (first < count && scores[first] != top) first++;
-    if (first == count) return 0; /* not a number */
-    uint32_t best;
-    philox_words_at(key, position, row, nonce, &first, 1, &best);
-    const double reached = gumbel(best), whole = 0x1p32 * slack;
+    if (first == count || !(fabsf(top) < INFINITY)) return -1;
+    uint32_t word;
+    philox_words_at(key, position, row, nonce, &first, 1, &word);
+    const double reached = gumbel(word), whole = 0x1p32 * slack;
     const float high = (float)(reached - near);
     const uint32_t rare = (uint32_t)(whole * exp(-near));
+    int64_t best = -1;
+    double most = -INFINITY;
     for (int64_t begin = 0; begin < count; begin += 4 * LANES) {
         float below[4 * LANES];
         uint32_t words[4 * LANES];
@@ -79,9 +81,12 @@ int64_t philox_candidates(uint64_t key, uint32_t position, uint32_t row, uint32_
         for (int i = 0; i < here; i++)
             if ((below[i] > high || words[i] <= rare) &&
                 words[i] <= exp(below[i] - reached) * whole) {
-                places[found] = begin + i;
-                out[found++] = words[i];
+                const double sum = (double)scores[begin + i] + gumbel(words[i]);
+                if (sum > most) {
+                    most = sum;
+                    best = begin + i;
+                }
             }
     }
-    return found;
+    return best;
 }

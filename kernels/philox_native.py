@@ -42,27 +42,27 @@ def words_at(seed: int, row: int, position: int, tokens: np.ndarray, nonce: int)
     return made
 
 
-def candidates(
+def choice(
     seed: int, row: int, position: int, scores: np.ndarray, *, near: float, slack: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places ``[c]`` of scores that may be the largest with their noise, and its words.
+) -> int:
+    """Returns the place of the largest score with its noise, the first of several.
 
     Args:
         seed: as `specdec.kernels.philox.keyed_gumbel` takes it; so are the next two.
         row: number of the row.
         position: absolute position of the token.
-        scores: ``[V]`` float32, the largest one finite.
+        scores: ``[V]`` float32.
         near: how far below what another score reaches it takes a rare word to win.
         slack: factor of a word's bound, for what float32 rounds.
+
+    Returns:
+        -1 if the largest score is no finite number.
     """
     scores = np.ascontiguousarray(scores)
-    places = np.empty(len(scores), dtype=np.int64)
-    made = np.empty(len(scores), dtype=np.uint32)
-    count = _library().philox_candidates(
-        *(seed, position, row, 0, scores.ctypes.data, len(scores), GUMBEL_RANGE, near, slack),
-        *(places.ctypes.data, made.ctypes.data),
+    place: int = _library().philox_choice(
+        *(seed, position, row, 0, scores.ctypes.data, len(scores), GUMBEL_RANGE, near, slack)
     )
-    return places[:count], made[:count]
+    return place
 
 
 @functools.cache
@@ -73,7 +73,6 @@ def _library() -> ctypes.CDLL:
     own.philox_words_at.argtypes = [key, word, word, word, pointer, size, pointer]
     own.philox_words.restype = own.philox_words_at.restype = None
     real = ctypes.c_double
-    own.philox_candidates.argtypes = [key, word, word, word, pointer, size, ctypes.c_float]
-    own.philox_candidates.argtypes += [real, real, pointer, pointer]
-    own.philox_candidates.restype = size
+    own.philox_choice.argtypes = [key, word, word, word, pointer, size, ctypes.c_float, real, real]
+    own.philox_choice.restype = size
     return own

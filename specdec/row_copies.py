@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
-from specdec.warpers import cheaper
+from specdec.warpers import cheaper, joined
 
 
 def row_copies(parts: Any, row: int, num_rows: int, padding: int) -> list[Any]:
@@ -24,7 +24,7 @@ def row_copies(parts: Any, row: int, num_rows: int, padding: int) -> list[Any]:
         num_rows: rows of the call.
         padding: ids of padding in front of what the row's processors see.
     """
-    return [_row_copy(cheaper(part), row, num_rows, padding) for part in parts]
+    return joined([_row_copy(cheaper(part), row, num_rows, padding) for part in parts])
 
 
 def _row_copy(part: Any, row: int, num_rows: int, padding: int) -> Any:

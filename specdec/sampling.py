@@ -137,8 +137,7 @@ class ProcessedLaw:
         if path not in self._scores:
             if self._reach is not None:
                 self._reach(self, node)
-            # a copy: processors may write in place, and the raw logits are still wanted
-            scores = self.raw(node).unsqueeze(0)
+            scores = self._given(node).unsqueeze(0)
             if self._processors and self._ends.isdisjoint(path):
                 ids = self._ids(path)
                 begin = time.perf_counter()
@@ -177,6 +176,12 @@ class ProcessedLaw:
     def raw(self, node: int) -> Tensor:
         """Returns ``[V]`` float32 raw logits, as `output_logits` reports them."""
         return self._logits[node].to(self._prefix.device, torch.float32, copy=True)
+
+    def _given(self, node: int) -> Tensor:
+        """Returns what processors get: a copy, unless the first one leaves it as it is."""
+        if self._processors and getattr(self._processors[0], "writes_anew", False):
+            return self._logits[node].to(self._prefix.device, torch.float32)
+        return self.raw(node)  # the raw logits are still wanted
 
     def _ids(self, path: Sequence[int]) -> Tensor:
         """Returns ``[1, T]`` ids up to a node, however much of its path is committed by now."""

@@ -6,14 +6,21 @@ beside the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from specdec.kernels.top_k_rows import takes_first, top_k_rows_native
+from specdec.kernels.truncated_row import truncated_row
 
 _LANES = 64  # a multiple of what any processor sums at once, several vectors together
 
@@ -27,6 +34,80 @@ def cheaper(processor: Any) -> Any:
     if type(processor) is TopKLogitsWarper:
         return NativeTopKLogitsWarper(processor.top_k, processor.filter_value)
     return processor
+
+
+def joined(processors: Sequence[Any]) -> list[Any]:
+    """Returns processors of which temperature, top-k and nucleus in a row are done together.
+
+    Args:
+        processors: as `cheaper` gave them, in order.
+    """
+    made: list[Any] = []
+    for processor in processors:
+        kind = type(processor)
+        before = made[-1] if made else None
+        if kind is NativeTopKLogitsWarper and processor.filter_value == -np.inf:
+            temperature = before if type(before) is TemperatureLogitsWarper else None
+            if temperature is not None:
+                made.pop()
+            made.append(JoinedLogitsWarper(temperature, processor))
+        elif (
+            kind is SortedTopPLogitsWarper
+            and processor.filter_value == -np.inf
+            and isinstance(before, JoinedLogitsWarper)
+            and before.top_p is None
+        ):
+            made[-1] = JoinedLogitsWarper(before.temperature, before.top_k, processor)
+        else:
+            made.append(processor)
+    return made
+
+
+class JoinedLogitsWarper(LogitsProcessor):
+    """Does what its parts do one after the other, with the same bits, in a few sweeps together.
+
+    Args:
+        temperature: None for 1.
+        top_k: of `cheaper`.
+        top_p: of `cheaper`; None for all.
+    """
+
+    writes_anew = True  # never what it was given, nor to it
+
+    def __init__(
+        self,
+        temperature: TemperatureLogitsWarper | None,
+        top_k: NativeTopKLogitsWarper,
+        top_p: SortedTopPLogitsWarper | None = None,
+    ) -> None:
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Tensor:
+        """Returns ``[n, V]`` scores, minus infinity where a token falls away."""
+        own = self._kept(scores) if len(scores) == 1 else None
+        if own is not None:
+            return own
+        made: Any = scores
+        for part in (self.temperature, self.top_k, self.top_p):
+            made = made if part is None else part(input_ids, made)
+        one_by_one: Tensor = made
+        return one_by_one
+
+    def _kept(self, scores: Tensor) -> Tensor | None:
+        temperature = 1.0 if self.temperature is None else self.temperature.temperature
+        left = truncated_row(scores.detach()[0], self.top_k.top_k, temperature)
+        if left is None:
+            return None
+        values, ids, made = left
+        if self.top_p is not None:
+            ordered = _rising([values], len(made))
+            least = self.top_p.least_kept(ordered, len(made) - ordered.shape[1])
+            if least is None:
+                return None
+            stay = values >= least[0]
+            values, ids = values[stay], ids[stay]
+        made[ids] = values
+        return torch.from_numpy(made).unsqueeze(0)
 
 
 class NativeTopKLogitsWarper(TopKLogitsWarper):
@@ -63,7 +144,19 @@ class SortedTopPLogitsWarper(TopPLogitsWarper):
         """Returns what is wanted; None where equal logits lie on both sides of the border."""
         given = scores.detach().numpy()
         ordered = _ascending(given)
-        left_out = given.shape[-1] - ordered.shape[-1]
+        least = self.least_kept(ordered, given.shape[-1] - ordered.shape[-1])
+        return None if least is None else _without(scores, least[:, None], self.filter_value)
+
+    def least_kept(self, ordered: np.ndarray, left_out: int) -> np.ndarray | None:
+        """Returns ``[n]``, the least score of each row that stays.
+
+        Args:
+            ordered: ``[n, W]`` float32 scores, rising.
+            left_out: scores of minus infinity that are not among them, by whole lanes.
+
+        Returns:
+            None where equal scores lie on both sides of the border, or it is not among `ordered`.
+        """
         sums = torch.from_numpy(ordered).softmax(dim=-1).cumsum(dim=-1).numpy()
         border = np.float32(1 - self.top_p)
         most = max(ordered.shape[-1] - self.min_tokens_to_keep, -left_out)
@@ -75,7 +168,7 @@ class SortedTopPLogitsWarper(TopPLogitsWarper):
         for values, count, value in zip(ordered, fallen, least, strict=True):
             if count and values[count - 1] == value:
                 return None
-        return _without(scores, np.array(least)[:, None], self.filter_value)
+        return np.array(least)
 
 
 def _ascending(scores: np.ndarray) -> np.ndarray:
@@ -86,14 +179,18 @@ def _ascending(scores: np.ndarray) -> np.ndarray:
     """
     possible = scores != -np.inf
     width = scores.shape[-1]
-    needed = int(np.count_nonzero(possible, axis=-1).max()) + _LANES
-    left_out = (width - needed) // _LANES * _LANES
-    if left_out < width // 2:
+    count = int(np.count_nonzero(possible, axis=-1).max())
+    if 2 * (count + _LANES) > width:
         return np.sort(scores, axis=-1)
-    ordered = np.full((len(scores), width - left_out), -np.inf, dtype=scores.dtype)
-    for row, own, kept in zip(ordered, scores, possible, strict=True):
-        some = np.sort(own[kept])
-        row[len(row) - len(some) :] = some
+    return _rising([own[kept] for own, kept in zip(scores, possible, strict=True)], width)
+
+
+def _rising(rows: Sequence[np.ndarray], width: int) -> np.ndarray:
+    """Returns ``[n, <= V]`` of the possible scores of rows of V, as `_ascending` describes."""
+    left_out = max(width - max(map(len, rows)) - _LANES, 0) // _LANES * _LANES
+    ordered = np.full((len(rows), width - left_out), -np.inf, dtype=np.float32)
+    for row, own in zip(ordered, rows, strict=True):
+        row[len(row) - len(own) :] = np.sort(own)
     return ordered
 
 

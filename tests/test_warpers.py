@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
+from specdec.kernels.truncated_row import truncated_row
 from specdec.row_copies import row_copies
 from specdec.sampling import warp_logits
-from specdec.warpers import NativeTopKLogitsWarper, SortedTopPLogitsWarper, _ascending, cheaper
+from specdec.warpers import (
+    JoinedLogitsWarper,
+    NativeTopKLogitsWarper,
+    SortedTopPLogitsWarper,
+    _ascending,
+    cheaper,
+    joined,
+)
 
 IDS = torch.zeros(1, 1, dtype=torch.int64)
 
@@ -107,6 +123,67 @@ def test_sums_without_what_cannot_be_are_the_same_bits(width: int) -> None:
         assert torch.equal(short.softmax(dim=-1).cumsum(dim=-1), expected[:, -short.shape[1] :])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [None, 0.3, 0.7, 3.0, 1e-30, 1e30])
+@pytest.mark.parametrize("top_k", [1, 5, 50, 64, 65, 900])
+@pytest.mark.parametrize("top_p", [None, 0.0, 0.5, 0.9, 1.0])
+def test_together_they_give_the_bits_of_one_after_the_other(
+    kind: str, temperature: float | None, top_k: int, top_p: float | None
+) -> None:
+    theirs: list[LogitsProcessor] = [TopKLogitsWarper(top_k)]
+    if temperature is not None:
+        theirs.insert(0, TemperatureLogitsWarper(temperature))
+    if top_p is not None:
+        theirs.append(TopPLogitsWarper(top_p, min_tokens_to_keep=2))
+    (ours,) = joined([cheaper(part) for part in theirs])
+    assert type(ours) is JoinedLogitsWarper
+    for seed in range(3):
+        for scores in logits(kind, seed).split(1):
+            before, expected = scores.clone(), scores
+            for part in theirs:
+                expected = part(IDS, expected)
+            assert torch.equal(expected.view(torch.int32), ours(IDS, scores).view(torch.int32))
+            assert torch.equal(scores.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize("vocab_size", [49152, 262144])
+def test_what_division_makes_equal_stays_together(vocab_size: int) -> None:
+    """Below 1 floats lie twice as close as above it, where division by .7 carries these."""
+    joins = 0
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        scores = 0.9 + 2e-6 * torch.randn(vocab_size, generator=generator)
+        left = truncated_row(scores, 50, 0.7)
+        assert left is not None
+        divided = scores / 0.7
+        kept = torch.nonzero(divided >= divided.topk(50).values[-1])[:, 0]
+        assert left.ids.tolist() == kept.tolist()
+        assert left.values.tolist() == divided[kept].tolist()
+        assert np.isneginf(left.scores).all()
+        joins += int(scores[kept].min() < scores.topk(50).values[-1])
+    assert joins > 1
+
+
+def test_what_stands_between_them_keeps_them_apart() -> None:
+    kinds = [
+        [TemperatureLogitsWarper(0.5), MinPLogitsWarper(0.1), TopKLogitsWarper(5)],
+        [TopPLogitsWarper(0.5), TopKLogitsWarper(5), TopPLogitsWarper(0.5), TopPLogitsWarper(0.4)],
+        [TopKLogitsWarper(5, filter_value=-1e4), TopPLogitsWarper(0.5)],
+        [TopKLogitsWarper(5), TopPLogitsWarper(0.5, filter_value=-1e4)],
+        [TemperatureLogitsWarper(0.5), TopPLogitsWarper(0.5)],
+    ]
+    names = [[type(part).__name__ for part in joined(list(map(cheaper, own)))] for own in kinds]
+    temperature, nucleus = "TemperatureLogitsWarper", "SortedTopPLogitsWarper"
+    together, top_k = "JoinedLogitsWarper", "NativeTopKLogitsWarper"
+    assert names == [
+        [temperature, "MinPLogitsWarper", together],
+        [nucleus, together, nucleus],
+        [top_k, nucleus],
+        [together, nucleus],
+        [temperature, nucleus],
+    ]
+
+
 class OneMore(SortedTopPLogitsWarper):
     """MUTANT: equal logits at the border all stay."""
 
@@ -135,10 +212,10 @@ def test_rows_get_it_and_drafters_see_it() -> None:
     class Own(TopPLogitsWarper):
         pass
 
-    given = [TopKLogitsWarper(50), TopPLogitsWarper(0.7), Own(0.7)]
+    given = [TopPLogitsWarper(0.9), TopKLogitsWarper(50), TopPLogitsWarper(0.7), Own(0.7)]
     for num_rows in (1, 2):
         kinds = [type(part) for part in row_copies(given, 0, num_rows, 0)]
-        assert kinds == [NativeTopKLogitsWarper, SortedTopPLogitsWarper, Own]
+        assert kinds == [SortedTopPLogitsWarper, JoinedLogitsWarper, Own]
     scores = logits("plain", 2)
     expected = warp_logits(LogitsProcessorList(given), scores)
     own = LogitsProcessorList(row_copies(given, 0, 1, 0))
