@@ -85,6 +85,8 @@ class Calibration:
         hits = state.array("hits", shape, np.float64)
         trials = state.array("trials", shape, np.float64)
         if not (np.isfinite(trials) & (hits > 0) & (hits <= trials)).all():
-            raise StateError("tables 'hits' and 'trials' must hold counts with 0 < hits <= trials")
+            raise StateError(
+                "tables 'hits' and 'trials' must hold positive counts, hits at most trials"
+            )
         calibration._set(hits, trials)
         return calibration

@@ -95,7 +95,7 @@ def test_a_table_may_miss_steps_without_a_draft(
     assert 0 < len(seen) < generator.stats.target_calls
     assert all((before, root) in pairs for _, before, root in seen)
     if drafter == "trigram":
-        stored = own._store.state().arrays["pairs"].tolist()
+        stored = own._table.store.state().arrays["pairs"].tolist()
         assert {(before, root) for _, before, root in seen} <= set(map(tuple, stored))
 
 
