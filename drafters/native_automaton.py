@@ -11,7 +11,7 @@ from specdec.kernels.drafting import MatchStruct, SuccessorsStruct, functions
 
 
 class NativeAutomaton:
-    """Does what `SuffixAutomaton` says; a token takes a fifth of the memory.
+    """Does what `SuffixAutomaton` says; a token takes half of the memory.
 
     Args:
         tokens: the text to begin with.
