@@ -95,7 +95,7 @@ class Suffix(LearningDrafter):
         return len(self._store)
 
     def start(self, row: int, prompt: Sequence[int], prompt_rows: PromptRows | None) -> None:
-        """Begins a row; its prompt is indexed, some microseconds a token."""
+        """Begins a row; its prompt is indexed, a microsecond a token at most."""
         self._rows[row] = _RowText(prompt, self._automaton)
 
     def law(self, context: DraftContext) -> SuffixLaw | NativeLaw:

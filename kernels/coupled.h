@@ -17,6 +17,25 @@ struct coupling {
     int64_t row, position; /* of the root */
 };
 
+/* shares [count + 1] of what is noted to be the target's choice, the last one of "none of these";
+ * `rest` is the log of the law's mass beside it. Returns their sum, by which they are to be divided. */
+static double shares_of(const struct weighed *own, const double *weights, double *rest,
+                        double *shares) {
+    double sum = 0, total = 0;
+    for (int64_t i = 0; i < own->count; i++) sum += exp(own->logs[i]);
+    *rest = log(1 - sum > LEAST_REST ? 1 - sum : LEAST_REST);
+    double highest = shares[own->count] = weights[2] * *rest + weights[3];
+    for (int64_t i = 0; i < own->count; i++) {
+        shares[i] = weights[0] * own->logs[i] + weights[1] * own->noise[i];
+        if (shares[i] > highest) highest = shares[i];
+    }
+    for (int64_t i = 0; i <= own->count; i++) {
+        shares[i] = exp(shares[i] - highest);
+        total += shares[i];
+    }
+    return total;
+}
+
 /* Keeps what the estimate of a handle's children was made from. */
 static struct weighed *note_weighed(struct law *law, int32_t handle, int64_t count) {
     if (handle >= law->num_weighed) {
@@ -41,27 +60,15 @@ static struct guesses weigh(struct law *law, const struct coupling *noise, int32
     struct weighed *noted = note_weighed(law, handle, own.count);
     double *logs = (double *)noted->logs, *drawn = (double *)noted->noise;
     int32_t *tokens = take(law, own.count * sizeof *tokens);
-    double *shares = take(law, own.count * sizeof *shares), sum = 0;
+    double *shares = take(law, (own.count + 1) * sizeof *shares), rest;
     noted->tokens = own.tokens;
     keyed_noise(noise->seed, (uint32_t)(noise->position + depth), (uint32_t)noise->row, own.tokens,
                 own.count, drawn);
     for (int64_t i = 0; i < own.count; i++) {
-        logs[i] = log(own.chances[i]);
-        sum += own.chances[i];
-    }
-    const double rest = log(1 - sum > LEAST_REST ? 1 - sum : LEAST_REST);
-    const double none = noise->weights[2] * rest + noise->weights[3];
-    double highest = none, total = 0;
-    for (int64_t i = 0; i < own.count; i++) {
-        shares[i] = noise->weights[0] * logs[i] + noise->weights[1] * drawn[i];
-        if (shares[i] > highest) highest = shares[i];
-    }
-    for (int64_t i = 0; i < own.count; i++) {
         tokens[i] = own.tokens[i];
-        shares[i] = exp(shares[i] - highest);
-        total += shares[i];
+        logs[i] = log(own.chances[i]);
     }
-    total += exp(none - highest);
+    const double total = shares_of(noted, noise->weights, &rest, shares);
     if (isnan(total)) return own; /* the law holds what is no chance: whoever grows refuses it */
     int64_t count = rank_guesses(tokens, shares, own.count, most);
     while (count && !(shares[count - 1] > 0)) count--;
@@ -75,19 +82,8 @@ static void fit_weights(struct law *law, const int32_t *handles, const int32_t *
     for (int64_t step = 0; step < count; step++) {
         if (handles[step] >= law->num_weighed || law->weighed[handles[step]].count < 0) continue;
         const struct weighed own = law->weighed[handles[step]];
-        double shares[MOST_WEIGHED + 1], gradient[4] = {0}, sum = 0, total = 0;
-        for (int64_t i = 0; i < own.count; i++) sum += exp(own.logs[i]);
-        const double rest = log(1 - sum > LEAST_REST ? 1 - sum : LEAST_REST);
-        double highest = weights[2] * rest + weights[3];
-        shares[own.count] = highest;
-        for (int64_t i = 0; i < own.count; i++) {
-            shares[i] = weights[0] * own.logs[i] + weights[1] * own.noise[i];
-            if (shares[i] > highest) highest = shares[i];
-        }
-        for (int64_t i = 0; i <= own.count; i++) {
-            shares[i] = exp(shares[i] - highest);
-            total += shares[i];
-        }
+        double shares[MOST_WEIGHED + 1], gradient[4] = {0}, rest;
+        const double total = shares_of(&own, weights, &rest, shares);
         if (isnan(total)) continue;
         const int64_t hit = place_of(tokens[step], own.tokens, own.count);
         for (int64_t i = 0; i < own.count; i++) {

@@ -69,6 +69,13 @@ struct context {
     const struct source *source;
 };
 
+/* Where a token stands among what was found, -1 if it does not. */
+static int64_t found_at(const struct found *found, int64_t count, int32_t token) {
+    for (int64_t i = 0; i < count; i++)
+        if (found[i].token == token) return i;
+    return -1;
+}
+
 /* Adds what followed each match to `found`; returns the chance left for other tokens. */
 static double ask(const struct suffix_parts *parts, const double *known,
                   const struct context *contexts, int64_t num, struct found *found, int64_t *count,
@@ -80,9 +87,7 @@ static double ask(const struct suffix_parts *parts, const double *known,
             successors_of(contexts[c].source->automaton, contexts[c].match.state);
         int fresh = 0;
         for (int i = 0; i < after.num; i++) {
-            int named = 0;
-            for (int64_t f = 0; f < *count && !named; f++) named = found[f].token == after.tokens[i];
-            if (named) {
+            if (found_at(found, *count, after.tokens[i]) >= 0) {
                 after.total -= after.counts[i];
                 continue;
             }
@@ -161,10 +166,7 @@ static struct guesses ranked(struct suffix_law *own, struct place *place, double
     if (common > 0 && common >= least) {
         for (int64_t i = 0; i < own->parts.num_common && place->num_all < MOST_GUESSES; i++) {
             struct found guess = own->parts.common[i];
-            int named = 0;
-            for (int64_t f = 0; f < place->num_all && !named; f++)
-                named = place->found[f].token == guess.token;
-            if (named) continue;
+            if (found_at(place->found, place->num_all, guess.token) >= 0) continue;
             guess.chance *= place->rest;
             place->found[place->num_all++] = guess;
         }
@@ -210,13 +212,11 @@ static int32_t suffix_extend(struct law *law, int32_t parent, int32_t token) {
     const struct place *place = own->places[parent];
     struct match matches[MOST_SOURCES];
     double path = own->paths[parent];
-    if (place->ranked)
-        for (int64_t i = 0; i < place->num_all; i++) {
-            if (place->found[i].token != token) continue;
-            const double longer = path * place->found[i].chance;
-            if (longer >= LEAST_PATH) path = longer; /* it stands in the node's row */
-            break;
-        }
+    const int64_t guess = place->ranked ? found_at(place->found, place->num_all, token) : -1;
+    if (guess >= 0) {
+        const double longer = path * place->found[guess].chance;
+        if (longer >= LEAST_PATH) path = longer; /* it stands in the node's row */
+    }
     for (int64_t s = 0; s < own->parts.num_sources; s++)
         matches[s] = advanced(own->parts.sources[s].automaton, place->matches[s], token);
     return suffix_add(own, matches, path);
@@ -249,9 +249,8 @@ static void suffix_learn(struct law *law, const int32_t *handles, const int32_t 
     for (int64_t step = 0; step < count; step++) {
         struct place *place = own->places[handles[step]];
         ranked(own, place, 0);
-        int32_t last = INT32_MAX;
-        for (int64_t i = 0; i < place->num_all; i++)
-            if (place->found[i].token == tokens[step]) last = place->found[i].rank;
+        const int64_t right = found_at(place->found, place->num_all, tokens[step]);
+        const int32_t last = right < 0 ? INT32_MAX : place->found[right].rank;
         for (int64_t i = 0; i < place->num_all && place->found[i].rank <= last; i++) {
             const int32_t cell = place->found[i].cell;
             parts->trials[cell] += 1;

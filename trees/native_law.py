@@ -162,12 +162,14 @@ class NativeLaw:
                 f"the draft law gives token {made.tokens[0]} the chance {made.chances[0]}: "
                 "drafters must guess with chances between 0 and 1"
             )
-        return DraftTree.from_lists(
-            made.tokens[:count],
-            made.parents[:count],
-            [_POINT, *[int(draw)] * (count - 1)],
-            chances=made.chances[:count],
-            handles=made.handles[:count],
+        return DraftTree(
+            token_list=made.tokens[:count],
+            parent_list=made.parents[:count],
+            draw_list=[_POINT, *[int(draw)] * (count - 1)],
+            q_row_list=[-1] * count,
+            q=None,
+            chance_list=made.chances[:count],
+            handles=tuple(made.handles[:count]),
         )
 
 
