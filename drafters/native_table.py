@@ -65,14 +65,16 @@ class NativeTable:
             firsts: the token before each of them.
             write: number of the write, the age of what is stored by it.
         """
-        ids, logits = scored.ids, scored.logits.float()
+        ids, logits = scored.ids, scored.logits
+        if logits.dtype is not torch.float32:
+            logits = logits.float()
         shape = (len(firsts), self._struct.k)
-        if not ids.shape == logits.shape == shape or ids.dtype is not torch.int64:
+        fits = ids.shape == logits.shape == shape and ids.dtype is torch.int64
+        if not fits or not ids.is_cpu or not logits.is_cpu:
             raise ValueError(
-                f"expected ids and logits {list(shape)}, int64 and floating point, got "
-                f"{list(ids.shape)} {ids.dtype} and {list(logits.shape)}"
+                f"expected ids and logits {list(shape)}, int64 and floating point on the CPU, got "
+                f"{list(ids.shape)} {ids.dtype} and {list(logits.shape)} on {ids.device}"
             )
-        ids, logits = ids.cpu(), logits.cpu()
         if ids.stride(1) != 1 or logits.stride(1) != 1:
             ids, logits = ids.contiguous(), logits.contiguous()
         pairs = array("i", [0]) * (2 * len(firsts))

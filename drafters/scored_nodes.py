@@ -62,7 +62,9 @@ class ScoredNodes(NamedTuple):
         if len(tops) < len(outcomes):
             tops = top_tokens([outcome.logits[: len(outcome.tree)] for outcome in outcomes], k)
         ids, logits = _joined([top.ids for top in tops]), _joined([top.logits for top in tops])
-        return cls(tokens, parents, visited, emitted, order, ids[:, :k], logits[:, :k])
+        if ids.shape[1] > k:
+            ids, logits = ids[:, :k], logits[:, :k]
+        return cls(tokens, parents, visited, emitted, order, ids, logits)
 
     def tokens_above(self, roots: Sequence[int]) -> list[int]:
         """Returns the token above each of the n nodes; `roots` are those above the roots."""

@@ -103,7 +103,8 @@ class Suffix(LearningDrafter):
         text = self._rows.get(context.row)
         if text is None:
             text = self._rows[context.row] = _RowText((), self._automaton)
-        text.extend(context.tokens[len(text.tokens) :], self._store)
+        if len(text.tokens) < len(context.tokens) or not text.follows(self._store):
+            text.extend(context.tokens[len(text.tokens) :], self._store)
         law: SuffixLaw | NativeLaw = self._laws_of(text).law(text.matches, text.common)
         text.law = law
         return law
@@ -222,12 +223,16 @@ class _RowText:
         self.common_until = 0  # tokens of the text; then they are to be ranked again
         self._store_version = -1
 
+    def follows(self, store: TextStore) -> bool:
+        """Returns whether the matches are those of the store as it is now."""
+        return self._store_version == store.version
+
     def extend(self, tokens: Sequence[int], store: TextStore) -> None:
         """Adds tokens and brings the matches up to date."""
         self.tokens.extend(tokens)
         self.own.extend(tokens)
         stored = self.matches[1:]
-        if self._store_version != store.version:
+        if not self.follows(store):
             # a new text may split the states that were matched, or match better
             self._store_version = store.version
             stored = [(0, 0)] * len(store.automata)

@@ -2,6 +2,7 @@
 #include <float.h>
 
 #include "decoder_layer.h"
+#include "top_k.h"
 
 enum { NO_TOKEN = 1, NO_ANGLES = 2 };
 
@@ -23,6 +24,9 @@ struct nodes {
     int64_t tree, count;
     int64_t window; /* nodes see positions less than this behind them; 0: any */
     int64_t angles; /* there are of positions; 0 where they are the nodes' own */
+    float *top_logits; /* [batch, count, top_k], of what each wanted node's logits are largest at */
+    int64_t *top_ids;  /* as top_logits */
+    int64_t top_k;     /* up to MOST_SELECTED; 0 selects nothing */
 };
 
 /* Returns the numbers of `room` that `decoder_layers` needs, for layers of the shape of l. */
@@ -47,9 +51,10 @@ static int64_t rows_of(const struct pass *p) { return p->batch * p->nodes; }
 static int64_t entries_of_mask(const struct pass *p) { return rows_of(p) * p->visible; }
 
 /* Returns the numbers of `room` that `decoder` needs. */
-int64_t decoder_room(const struct layer *l, const struct pass *p) {
+int64_t decoder_room(const struct layer *l, const struct pass *p, const struct nodes *n) {
     const int64_t rows = 3 * rows_of(p) * l->joined.inputs;
-    return rows + entries_of_mask(p) + decoder_layers_room(l, p);
+    const int64_t selected = 2 * p->threads * p->batch * n->count * n->top_k; /* of 64 bits */
+    return selected + rows + entries_of_mask(p) + decoder_layers_room(l, p);
 }
 
 /* Writes what attention adds to the scores: nothing where a node may look, the lowest number else. */
@@ -72,15 +77,17 @@ static void write_mask(const struct pass *p, const struct nodes *n, float *mask)
     }
 }
 
-/* Writes y [batch, count, outputs of the head], or [batch, count, hidden] without a head, and each
- * layer's keys and values. Returns 0, or NO_TOKEN where one is not in the vocabulary, or NO_ANGLES
+/* Writes y [batch, count, outputs of the head], or [batch, count, hidden] without a head, the
+ * largest of a head's outputs, and each layer's keys and values. Returns 0, or NO_TOKEN where one is not in the vocabulary, or NO_ANGLES
  * where there are none for a position. */
 int decoder(const struct layer *layers, int64_t num_layers, const struct ends *ends,
             const struct pass *pass, const struct nodes *n, float *y, float *const *keys,
             float *const *values, float *room) {
     struct pass p = *pass;
     const int64_t rows = rows_of(&p), hidden = layers->joined.inputs;
-    float *x = room, *out = x + rows * hidden, *normed = out + rows * hidden;
+    const int64_t wanted = p.batch * n->count;
+    float *x = room + 2 * p.threads * wanted * n->top_k; /* behind what is selected */
+    float *out = x + rows * hidden, *normed = out + rows * hidden;
     float *mask = normed + rows * hidden, *rest = mask + entries_of_mask(&p);
     for (int64_t row = 0; row < rows; row++) {
         const int64_t token = n->tokens[row];
@@ -108,6 +115,11 @@ int decoder(const struct layer *layers, int64_t num_layers, const struct ends *e
         }
     if (ends->head)
 #pragma omp parallel num_threads(p.threads)
-        multiply_shared(ends->head, normed, 0, y, (int)(p.batch * n->count));
+    {
+        multiply_shared(ends->head, normed, 0, y, (int)wanted);
+        if (n->top_k) /* while each thread has what it wrote in its caches */
+            top_k_shared(y, wanted, ends->head->outputs, (int)n->top_k, n->top_logits, n->top_ids,
+                         (int64_t *)room);
+    }
     return 0;
 }

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from specdec.kernels.block_linear import MOST_ROWS
+from specdec.kernels.decoded import Decoded, Selected
 from specdec.kernels.decoder_layer import IMPLEMENTATIONS, SOURCE, DecoderLayers, fits_product
 from specdec.kernels.decoder_reference import decoder_reference
 from specdec.kernels.layer_parts import DecoderCall, Ends, LayerParts
@@ -27,6 +27,7 @@ from specdec.kernels.layer_structs import (
     ends_struct,
 )
 from specdec.kernels.native import library
+from specdec.kernels.top_k_rows import MOST_NATIVE
 
 _NO_TOKEN, _NO_ANGLES = 1, 2  # as in decoder.c
 
@@ -57,7 +58,12 @@ class Decoder:
         self._width = hidden if ends.head is None else ends.head.weight.num_outputs
         self._structs = ends_struct(ends)
 
-    def run(self, call: DecoderCall, *, impl: str = "native") -> Tensor:
+    @property
+    def most_selected(self) -> int:
+        """The largest `DecoderCall.top_k`; 0 without a head."""
+        return 0 if self.ends.head is None else min(MOST_NATIVE, self._width)
+
+    def run(self, call: DecoderCall, *, impl: str = "native") -> Decoded:
         """Returns logits, or without a head what would go into it; writes the caches.
 
         With "native" the bits of a node are its own, as of `DecoderLayers.run`.
@@ -66,17 +72,17 @@ class Decoder:
             call: nodes and caches; "native" takes B * N up to 128.
             impl: "reference", or "native": C, compiled when it is first called.
 
-        Returns:
-            ``[B, N or K, V']`` float32 logits, or ``[B, N or K, H]``.
-
         Raises:
             IndexError: if a token is not in the vocabulary.
-            ValueError: if shapes, dtypes or strides do not fit, or a slot or an angle is not there.
+            ValueError: if shapes, dtypes or strides do not fit, more is to be selected than can be,
+                or a slot or an angle is not there.
             NativeError: if "native" is asked for and C code cannot be had here.
         """
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"decoder: impl must be one of {IMPLEMENTATIONS}; got {impl!r}")
         _check(self.layers.layers[0], len(self.layers.layers), call)
+        if not 0 <= call.top_k <= self.most_selected:
+            raise ValueError(f"top_k must be 0 to {self.most_selected} here; got {call.top_k}")
         if impl == "reference":
             return decoder_reference(self.ends, self.layers.layers, call)
         tokens, positions = call.tokens.contiguous(), call.positions.contiguous()
@@ -99,6 +105,8 @@ class Decoder:
             head_stride=head_stride,
             threads=torch.get_num_threads(),
         )
+        top = Selected(batch, count, call.top_k) if call.top_k else None
+        made = Decoded(torch.empty(batch, count, self._width, dtype=torch.float32), top)
         asked = NodesStruct(
             tokens=tokens.data_ptr(),
             positions=positions.data_ptr(),
@@ -108,17 +116,19 @@ class Decoder:
             count=count,
             window=call.window or 0,
             angles=len(call.cos) if by_position else 0,
+            top_logits=None if top is None else top.logits.data_ptr(),
+            top_ids=None if top is None else top.ids.data_ptr(),
+            top_k=call.top_k,
         )
         room, run = _functions()
-        work = torch.empty(room(self.layers.structs, shared), dtype=torch.float32)
-        output = torch.empty(batch, count, self._width, dtype=torch.float32)
+        work = torch.empty(room(self.layers.structs, shared, asked), dtype=torch.float32)
         failed = run(
             self.layers.structs,
             len(self.layers.layers),
             self._structs,
             shared,
             asked,
-            output.data_ptr(),
+            made.logits.data_ptr(),
             *(pointers.buffer_info()[0] for pointers in call.caches.pointers),
             work.data_ptr(),
         )
@@ -132,11 +142,11 @@ class Decoder:
                 f"there are angles for {len(call.cos)} positions; got {int(positions.min())} to "
                 f"{int(positions.max())}"
             )
-        return output
+        return made
 
 
 def _check(parts: LayerParts, num_layers: int, call: DecoderCall) -> None:
-    tokens, positions, ancestors, _, cos, sin, caches, starts, visible, keep = call
+    tokens, positions, ancestors, _, cos, sin, caches, starts, visible, keep, _ = call
     batch, nodes = tokens.shape
     shape, tree = caches.shape, positions.shape[1]
     # one by one: behind a pass sets and generators take several times as long
@@ -187,7 +197,7 @@ def _functions() -> tuple[Any, Any]:
     loaded: Any = library(SOURCE)
     layers, shared = ctypes.POINTER(LayerStruct), ctypes.POINTER(PassStruct)
     ends, nodes = ctypes.POINTER(EndsStruct), ctypes.POINTER(NodesStruct)
-    loaded.decoder_room.argtypes = [layers, shared]
+    loaded.decoder_room.argtypes = [layers, shared, nodes]
     loaded.decoder_room.restype = ctypes.c_int64
     rest = [ctypes.c_void_p] * 4
     loaded.decoder.argtypes = [layers, ctypes.c_int64, ends, shared, nodes, *rest]

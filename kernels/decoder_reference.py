@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, linear, scaled_dot_product_attention, silu
 
+from specdec.kernels.decoded import Decoded, Selected
 from specdec.kernels.layer_parts import (
     DecoderCall,
     Ends,
@@ -28,7 +29,7 @@ def layers_reference(layers: Sequence[LayerParts], call: LayerCall) -> Tensor:
     return rows
 
 
-def decoder_reference(ends: Ends, layers: Sequence[LayerParts], call: DecoderCall) -> Tensor:
+def decoder_reference(ends: Ends, layers: Sequence[LayerParts], call: DecoderCall) -> Decoded:
     """Returns what `Decoder.run` returns, and writes what it writes."""
     rows = embedding(call.tokens, ends.embedding)
     cos, sin = call.cos, call.sin
@@ -39,7 +40,15 @@ def decoder_reference(ends: Ends, layers: Sequence[LayerParts], call: DecoderCal
     layer_call = LayerCall(rows, cos, sin, call.caches, call.starts, mask, call.visible)
     rows = layers_reference(layers, layer_call)
     rows = _normed(rows if call.keep is None else rows[:, call.keep], ends.norm)
-    return rows if ends.head is None else _times(rows, ends.head)
+    logits = rows if ends.head is None else _times(rows, ends.head)
+    if not call.top_k:
+        return Decoded(logits)
+    batch, count, _ = logits.shape
+    top = Selected(batch, count, call.top_k)
+    values, ids = torch.sort(logits, dim=-1, descending=True, stable=True)
+    top.logits.copy_(values[..., : call.top_k])
+    top.ids.copy_(ids[..., : call.top_k])
+    return Decoded(logits, top)
 
 
 def _mask(call: DecoderCall, ancestors: Tensor) -> Tensor:

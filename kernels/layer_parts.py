@@ -162,6 +162,7 @@ class DecoderCall(NamedTuple):
         starts: B slots, of each row's first node of the N; the others stand behind it.
         visible: slots that are looked at.
         keep: ``[K]`` int64, which of the N results are wanted; None for all.
+        top_k: how many of the largest logits of each are looked for, up to V'; needs a head.
     """
 
     tokens: Tensor
@@ -174,3 +175,4 @@ class DecoderCall(NamedTuple):
     starts: Sequence[int]
     visible: int
     keep: Tensor | None = None
+    top_k: int = 0

@@ -59,6 +59,8 @@ class NodesStruct(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("tokens", "positions", "ancestors", "wanted")),
         *((name, ctypes.c_int64) for name in ("tree", "count", "window", "angles")),
+        *((name, ctypes.c_void_p) for name in ("top_logits", "top_ids")),
+        ("top_k", ctypes.c_int64),
     )
 
 

@@ -4,9 +4,10 @@
  * enter the list, which after the first few stretches is seldom the case.
  */
 #pragma once
+#include <omp.h>
 #include <stdint.h>
 
-enum { STRETCH = 64 };
+enum { STRETCH = 64, MOST_SELECTED = 64 };
 
 /* whether a later entry comes before an earlier one */
 static inline int before(float later, float earlier) {
@@ -37,5 +38,34 @@ static inline void top_k(const float *entries, int64_t width, int k, float *valu
         if (found)
             for (int64_t i = begin; i < end; i++)
                 if (before(entries[i], values[k - 1])) insert(entries[i], i, k - 1, values, ids);
+    }
+}
+
+/* The same for rows [rows, width] that lie side by side, found by all threads of a parallel region
+ * together: each looks at a part of every row, then they share the rows out. `room` has
+ * threads x rows x k numbers. All threads call it, and wait at its end. */
+static inline void top_k_shared(const float *entries, int64_t rows, int64_t width, int k,
+                                float *values, int64_t *ids, int64_t *room) {
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t begin = width * thread / threads, own = width * (thread + 1) / threads - begin;
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t *found = room + (thread * rows + row) * k;
+        const int count = own < k ? (int)own : k;
+        float best[MOST_SELECTED];
+        top_k(entries + row * width + begin, own, count, best, found);
+        for (int i = 0; i < count; i++) found[i] += begin;
+        for (int i = count; i < k; i++) found[i] = -1;
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        int kept = 0;
+        for (int64_t i = 0; i < threads * k; i++) {
+            const int64_t id = room[(i / k * rows + row) * k + i % k];
+            if (id < 0) continue; /* of a part with less than k entries */
+            const float value = entries[row * width + id];
+            if (kept == k && !before(value, values[row * k + k - 1])) continue;
+            insert(value, id, kept < k ? kept++ : k - 1, values + row * k, ids + row * k);
+        }
     }
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from specdec.kernels.native import library, why_not
 
 _BLOCK = 64
-_MOST_NATIVE = 64  # a list that is kept sorted by insertion
+MOST_NATIVE = 64  # a list that is kept sorted by insertion
 MOST_OF_TRITON = 64  # k of `top_k_triton`, which holds all blocks' candidates in registers
 _SOURCE = Path(__file__).with_suffix(".c")
 
@@ -39,7 +39,7 @@ def takes_first(logits: Tensor, k: int) -> bool:
     So it is on a CPU in float32, where it runs C code, if that can be compiled.
     """
     native = logits.device.type == "cpu" and logits.dtype == torch.float32
-    fits = 0 < k <= min(_MOST_NATIVE, logits.shape[-1])
+    fits = 0 < k <= min(MOST_NATIVE, logits.shape[-1])
     return native and fits and why_not(_SOURCE) is None
 
 

@@ -41,6 +41,8 @@ class Drafting:
         positions: PositionLimit | None,
     ) -> None:
         self._parts = parts
+        # plain numbers, as trees have them
+        self._accepts = frozenset(map(int, parts.verifier.accepts))
         self._cache = cache
         self._greedy = greedy
         self._vocab_size = vocab_size
@@ -103,7 +105,7 @@ class Drafting:
                 f"drafter {drafter.name!r} guessed token {max(tree.token_list)}, but the "
                 f"model's vocabulary has {self._vocab_size}; their tokenizers do not fit"
             )
-        if not tree.kinds <= verifier.accepts:
+        if not self._accepts.issuperset(tree.draw_list[1:]):
             raise ConfigError(
                 f"policy {policy.name!r} made a tree with nodes drawn as "
                 f"{names_of(tree.kinds)}; verifier {verifier.name!r} is exact for "

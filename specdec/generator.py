@@ -306,7 +306,7 @@ class SpeculativeGenerator:
                 "a streamer takes a batch of one row, as it cannot tell rows apart that advance by "
                 "different amounts; iterate over stream() instead"
             )
-        with self._busy():
+        with self._busy(), torch.no_grad():  # as in `generate`
             if streamer is not None:
                 streamer.put(session.call.input_ids.cpu())
             with closing(self._steps(session)) as all_steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -116,7 +116,6 @@ class DecodeLoop:
     def _active(self) -> list[Row]:
         return self.places[: len(self._target.lengths)]
 
-    @torch.no_grad()
     def steps(self) -> Iterator[list[Step]]:
         """Yields, for every step, what became of each row that was active in it.
 
@@ -156,7 +155,9 @@ class DecodeLoop:
     def _delivered(run: Callable[[list[Step]], None]) -> Iterator[list[Step]]:
         steps: list[Step] = []
         try:
-            run(steps)
+            # not around a yield: what happens there is the caller's
+            with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+                run(steps)
         finally:
             # also before an error, which then takes its way
             yield sorted(steps, key=lambda step: step.row)
@@ -185,17 +186,18 @@ class DecodeLoop:
             rows = [row.index for row in active]
             trees = self._parts.budget.cut(rows, trees, context, time.perf_counter() - begin)
         before = self._pass_seconds
-        with self._stats.timed("target"):
-            upcoming = self._parts.budget.drafts_next(len(active))
-            scores = self._target.score(trees, probes=upcoming)
-            self._stats.target_passes += 1
         drafter = self._parts.drafter
         learns = drafter is not None and (drafter.needs.every_step or self._parts.budget.learns())
+        top_k = drafter.needs.node_top_k if drafter is not None and learns else 0
+        with self._stats.timed("target"):
+            upcoming = self._parts.budget.drafts_next(len(active))
+            # a greedy choice is the likeliest token
+            select = max(top_k, int(self._call.greedy))
+            scores = self._target.score(trees, probes=upcoming, top_k=select)
+            self._stats.target_passes += 1
         all_logits = scores.of(trees)
-        tops: Sequence[TopTokens | None] = [None] * len(trees)
-        if learns:
-            with self._stats.timed("verify"):
-                tops = self._target.top_tokens(all_logits)
+        with self._stats.timed("verify"):
+            tops = scores.top_tokens(trees, top_k)
         try:
             for row, tree, logits, top in zip(active, trees, all_logits, tops, strict=True):
                 self._verify(row, tree, logits, steps, top)
@@ -210,18 +212,28 @@ class DecodeLoop:
             self._parts.budget.scored(nodes, context, self._pass_seconds - before)
         if drafter is not None and learns:
             with self._stats.timed("observe"):
-                begin = time.perf_counter()
-                outcomes = [
-                    _outcome(step, scores, place, top, self.rows[step.row].tokens)
-                    for place, (step, top) in enumerate(zip(steps, tops, strict=True))
-                ]
-                drafter.observe(outcomes)
-                for outcome in outcomes:
-                    self._parts.policy.observe(outcome)
-                    self._parts.budget.observe(outcome)
-                nodes = sum(len(step.tree) for step in steps)
-                self._parts.budget.learned(nodes, time.perf_counter() - begin)
+                self._learn(drafter, steps, scores, tops if top_k else [None] * len(steps))
         self._retire()
+
+    def _learn(
+        self,
+        drafter: Drafter,
+        steps: list[Step],
+        scores: Scores,
+        tops: Sequence[TopTokens | None],
+    ) -> None:
+        """Tells drafter, policy and budget what became of the step's trees."""
+        begin = time.perf_counter()
+        outcomes = [
+            _outcome(step, scores, place, top, self.rows[step.row].tokens)
+            for place, (step, top) in enumerate(zip(steps, tops, strict=True))
+        ]
+        drafter.observe(outcomes)
+        for outcome in outcomes:
+            self._parts.policy.observe(outcome)
+            self._parts.budget.observe(outcome)
+        nodes = sum(len(step.tree) for step in steps)
+        self._parts.budget.learned(nodes, time.perf_counter() - begin)
 
     @property
     def _pass_seconds(self) -> float:
@@ -248,7 +260,7 @@ class DecodeLoop:
             root_position=row.root_position,
             ends=row.stopper.eos_token_ids,
             reach=partial(row.reach, step) if verifier.walks_down else None,
-            top=top,
+            choices=None if top is None else top.choices,
         )
         try:
             with self._stats.timed("verify"), suppress(RowEnded):

@@ -15,14 +15,14 @@ from specdec.kernels.argmax import argmax_row
 
 if TYPE_CHECKING:
     from specdec.trees.tree import DraftTree
-    from specdec.types import TopTokens
 
 
 class Prefix:
     """One row's ids as HuggingFace's processors and criteria see them, left padding included.
 
     A buffer that is written in place: the ids along the path being verified stand behind the
-    committed ones, so that asking for a node's prefix copies nothing.
+    committed ones, so that asking for a node's prefix copies nothing. Until somebody asks, ids are
+    only noted: without processors and criteria of the user's nobody does.
 
     Args:
         ids: the row's padding ids, if any, and behind them its real tokens so far.
@@ -31,12 +31,12 @@ class Prefix:
 
     def __init__(self, ids: list[int], device: torch.device) -> None:
         self._buffer = torch.empty((1, len(ids) + 64), dtype=torch.int64, device=device)
-        self.length = 0
-        self.extend(ids)
+        self._noted = list(ids)  # committed, not in the buffer yet
+        self.length = len(ids)
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Commits tokens."""
-        self._write(tokens)
+        self._noted += tokens
         self.length += len(tokens)
 
     @property
@@ -46,25 +46,26 @@ class Prefix:
 
     def ids(self) -> Tensor:
         """Returns ``[1, length]`` int64, the committed ids; a view."""
-        return self._buffer[:, : self.length]
+        return self.followed_by(())
 
     def followed_by(self, tokens: Sequence[int]) -> Tensor:
         """Returns ``[1, length + len(tokens)]``, the ids with a draft path behind them; a view."""
-        self._write(tokens)
+        self._write(self.length - len(self._noted), [*self._noted, *tokens])
+        self._noted.clear()
         return self._buffer[:, : self.length + len(tokens)]
 
-    def _write(self, tokens: Sequence[int]) -> None:
-        end = self.length + len(tokens)
+    def _write(self, begin: int, tokens: Sequence[int]) -> None:
+        end = begin + len(tokens)
         if end > self._buffer.shape[1]:
             grown = torch.empty((1, 2 * end), dtype=torch.int64, device=self._buffer.device)
-            grown[:, : self.length] = self.ids()
+            grown[:, :begin] = self._buffer[:, :begin]
             self._buffer = grown
         if not tokens:
             return
         if self._buffer.device.type == "cpu":  # numpy writes in a fifth of the time
-            self._buffer.numpy()[0, self.length : end] = tokens
+            self._buffer.numpy()[0, begin:end] = tokens
         else:
-            self._buffer[0, self.length : end] = torch.tensor(tokens, device=self._buffer.device)
+            self._buffer[0, begin:end] = torch.tensor(tokens, device=self._buffer.device)
 
 
 def warp_logits(processors: LogitsProcessorList, logits: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ class ProcessedLaw:
             nothing to answer there), not even for rules that look at nodes which are no text yet.
         reach: called with this law and a node before anything is computed there; for rules that
             walk down, since to ask about a node is to accept its path. May end the walk by raising.
-        top: the likeliest tokens behind the nodes, if they are known.
+        choices: the argmax of each node's raw logits, and its logit, if they are known.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class ProcessedLaw:
         root_position: int,
         ends: frozenset[int] = frozenset(),
         reach: Callable[[ProcessedLaw, int], None] | None = None,
-        top: TopTokens | None = None,
+        choices: Sequence[tuple[int, float]] | None = None,
     ) -> None:
         self.greedy = greedy
         self._tree = tree
@@ -118,7 +119,7 @@ class ProcessedLaw:
         self._root_length = prefix.length
         self._ends = ends
         self._reach = reach
-        self._top = top
+        self._choices = choices
         # by the path's tokens: independent draws may repeat, and one prefix has one row
         self._scores: dict[tuple[int, ...], Tensor] = {}
         self.processor_seconds = 0.0
@@ -161,10 +162,8 @@ class ProcessedLaw:
         if not self._processors:
             if self._reach is not None:
                 self._reach(self, node)
-            if self._top is not None and self._top.takes_first:
-                # numpy's indexing takes a tenth of torch's
-                best = int(self._top.ids.numpy()[node, 0])
-                largest = float(self._top.logits.numpy()[node, 0])
+            if self._choices is not None:
+                best, largest = self._choices[node]
             else:
                 raw = self._logits[node]
                 best = argmax_row(raw)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from specdec.backend.features import FeatureTap
 from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
 from specdec.backend.pads import PadGroups
 from specdec.kernels.block_linear import MOST_ROWS
+from specdec.kernels.decoded import Decoded
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.kernels.tree_mask import ancestor_matrices
 from specdec.prefill import groups, slack_of, sources_of
@@ -36,20 +36,42 @@ class Scores(NamedTuple):
     """What one pass over a batch of trees computed.
 
     Attributes:
-        logits: ``[B, N, V]`` of every node, in the model's dtype.
+        decoded: logits ``[B, N, V]`` of every node, in the model's dtype, and the largest of them
+            where the pass has selected them.
         features: ``[B, N, F]`` of every node, see `DrafterNeeds.layers`; None if not asked for.
         probes: ``[B, N, g, V]`` logits of the slots behind every node; None if there are none.
     """
 
-    logits: Tensor
+    decoded: Decoded
     features: Tensor | None
     probes: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """``[B, N, V]`` of every node."""
+        return self.decoded.logits
 
     def of(self, trees: Sequence[DraftTree]) -> list[Tensor]:
         """Returns the logits ``[n, V]`` of each tree's own nodes."""
         width = self.logits.shape[1]
-        pairs = zip(self.logits.unbind(), trees, strict=True)
-        return [own if len(tree) == width else own[: len(tree)] for own, tree in pairs]
+        pairs = zip(self.decoded.rows, map(len, trees), strict=True)
+        return [own if size == width else own[:size] for own, size in pairs]
+
+    def top_tokens(self, trees: Sequence[DraftTree], top_k: int) -> Sequence[TopTokens | None]:
+        """Returns the likeliest tokens behind each tree's own nodes: those that the pass selected.
+
+        Args:
+            trees: as they were scored.
+            top_k: how many are selected where the pass did not; 0 for none.
+        """
+        top = self.decoded.top
+        if top is None:
+            return top_tokens(self.of(trees), top_k) if top_k else [None] * len(trees)
+        width, tops = self.logits.shape[1], []
+        for row, ((ids, logits), size) in enumerate(zip(top.rows, map(len, trees), strict=True)):
+            own = (ids, logits) if size == width else (ids[:size], logits[:size])
+            tops.append(TopTokens(*own, top.choices(row, size)))
+        return tops
 
 
 class TargetModel:
@@ -80,7 +102,6 @@ class TargetModel:
         self._captured = captured
         self.cache = cache
         self._prompt_top_k = needs.prompt_top_k if needs else 0
-        self._node_top_k = needs.node_top_k if needs else 0
         self._tap = FeatureTap(backend.model, needs.layers) if needs and needs.layers else None
         self._pads: PadGroups | None = None
         if needs is not None and needs.probes is not None:
@@ -150,7 +171,8 @@ class TargetModel:
             ends = [len(prompt) - 1 - begin for prompt in prompts]
             wanted = sorted({e for e in ends if 0 <= e < size} or {0})
             keep = None if top_k else torch.tensor(wanted)
-            logits, features, _ = self._pass(token_matrix(pieces, size), positions, ancestors, keep)
+            scores = self._pass(token_matrix(pieces, size), positions, ancestors, keep)
+            logits, features = scores.logits, scores.features
             for row, piece in enumerate(pieces):
                 if 0 <= ends[row] < size:
                     index = ends[row] if top_k else wanted.index(ends[row])
@@ -170,7 +192,7 @@ class TargetModel:
         most = _DIRECT_TOKENS_IN_BLOCKS if packed.for_prompts else _DIRECT_TOKENS
         return length <= most and num_rows <= MOST_ROWS
 
-    def score(self, trees: Sequence[DraftTree], *, probes: bool = True) -> Scores:
+    def score(self, trees: Sequence[DraftTree], *, probes: bool = True, top_k: int = 0) -> Scores:
         """Returns the logits and features of one tree for each active row, from one pass.
 
         Trees smaller than the largest are padded; rows past a tree's end mean nothing.
@@ -178,6 +200,7 @@ class TargetModel:
         Args:
             trees: one for each active row.
             probes: whether to run the slots behind the nodes, where the drafter asked for them.
+            top_k: likeliest tokens to select on the way, where the pass can.
         """
         self.cache.drop_pending()  # of a drafter that shares this cache
         width = max(map(len, trees))
@@ -188,22 +211,22 @@ class TargetModel:
         pads = self._pads if probes else None
         even = min(self.cache.lengths) == max(self.cache.lengths)
         if width == 1 and even and pads is None:
-            return self._pass(tokens, positions, None)
+            return self._pass(tokens, positions, None, top_k=top_k)
         ancestors = ancestor_matrices([tree.parent_list for tree in trees], width)
         if pads is None:
-            return self._pass(tokens, positions, ancestors)
+            return self._pass(tokens, positions, ancestors, top_k=top_k)
         rows = pads.joined(tokens, positions, ancestors)
-        logits, features, _ = self._pass(*rows, pads=width)
-        real, behind = pads.split(logits, width)
-        return Scores(real, None if features is None else features[:, :width], behind)
+        decoded, features, _ = self._pass(*rows, pads=width)
+        real, behind = pads.split(decoded.logits, width)
+        return Scores(Decoded(real), None if features is None else features[:, :width], behind)
 
     def _nodes(self, trees: Sequence[DraftTree], width: int) -> tuple[Tensor, Tensor]:
         """Returns tokens and positions ``[B, width]`` of trees behind what is committed."""
         tokens = token_matrix([tree.token_list for tree in trees], width)
-        depths = token_matrix([tree.depth_list for tree in trees], width).numpy()
-        # numpy's calls take less than torch's
-        starts = np.array(self.cache.lengths)[:, None]
-        return tokens, torch.from_numpy(depths + starts)
+        # padding stands where the root does
+        depths = [tree.depth_list + [0] * (width - len(tree)) for tree in trees]
+        rows = zip(self.cache.lengths, depths, strict=True)
+        return tokens, torch.tensor([[start + depth for depth in own] for start, own in rows])
 
     def _score_captured(
         self, captured: CapturedPasses, trees: Sequence[DraftTree], width: int
@@ -215,17 +238,7 @@ class TargetModel:
         logits, features = captured.run(self.cache, tokens, positions, ancestors, self._tap)
         # the next pass writes over them, and texts and drafters may keep what they are given
         features = None if features is None else features[:, :width].clone()
-        return Scores(logits[:, :width].clone(), features)
-
-    def top_tokens(self, logits: Sequence[Tensor]) -> Sequence[TopTokens] | Sequence[None]:
-        """Returns the likeliest tokens behind the nodes of each tree, if the drafter asked for any.
-
-        Args:
-            logits: of the nodes of each, as `Scores.of` returns them.
-        """
-        if not self._node_top_k:
-            return [None] * len(logits)
-        return top_tokens(logits, self._node_top_k)
+        return Scores(Decoded(logits[:, :width].clone()), features)
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps each row's root and accepted nodes; everything else of the last pass is gone."""
@@ -267,9 +280,11 @@ class TargetModel:
         positions: Tensor,
         ancestors: Tensor | None,
         keep: Tensor | None = None,
+        *,
         pads: int = 0,
+        top_k: int = 0,
     ) -> Scores:
-        """Runs one pass, see `TreeModel.forward`, and reads the features that are wanted.
+        """Runs one pass, see `TreeModel.forward_selecting`, and reads the features wanted.
 
         The last rows of it are `pads` groups of slots.
         """
@@ -278,8 +293,10 @@ class TargetModel:
                 hooks.enter_context(self._tap.reading())
             if self._pads is not None and pads:
                 hooks.enter_context(self._pads.entering(pads))
-            logits = self._backend.forward(self.cache, tokens, positions, ancestors, keep)
-        return Scores(logits, self._tap.take() if self._tap else None)
+            decoded = self._backend.forward_selecting(
+                self.cache, tokens, positions, ancestors, keep, top_k
+            )
+        return Scores(decoded, self._tap.take() if self._tap else None)
 
 
 def _prompt_rows(logits: Tensor, top_k: int, features: Tensor | None) -> PromptRows:

@@ -32,4 +32,10 @@ def top_tokens(trees: Sequence[Tensor], k: int) -> list[TopTokens]:
     else:
         selected = [top_k_rows(own, k) for own in trees]
         parts = [(ids.cpu(), logits.cpu()) for logits, ids in selected]
-    return [TopTokens(ids, logits, first) for ids, logits in parts]
+    if not first:
+        return [TopTokens(ids, logits) for ids, logits in parts]
+    return [TopTokens(ids, logits, _choices(ids, logits)) for ids, logits in parts]
+
+
+def _choices(ids: Tensor, logits: Tensor) -> list[tuple[int, float]]:
+    return list(zip(ids[:, 0].tolist(), logits[:, 0].tolist(), strict=True))

@@ -132,12 +132,13 @@ class TopTokens(NamedTuple):
     Attributes:
         ids: ``[n, k]`` int64 on the CPU, best first.
         logits: ``[n, k]`` on the CPU, their raw logits; NaN counts as the largest.
-        takes_first: whether of equal logits the lowest id comes first, as for an argmax.
+        choices: the first id and logit of each node, where of equal logits the lowest id comes
+            first, as for an argmax; None where another one may.
     """
 
     ids: Tensor
     logits: Tensor
-    takes_first: bool = False
+    choices: Sequence[tuple[int, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,54 @@ def test_a_nodes_bits_are_its_own(length: int) -> None:
                 visible=length + depth + 1,
             )
         )
-        assert torch.equal(alone[0, 0], together[0, node])
+        assert torch.equal(alone.logits[0, 0], together[0, node])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+@pytest.mark.parametrize(("outputs", "top_k"), [(70, 1), (70, 8), (70, 64), (33, 33), (3, 3)])
+def test_the_largest_logits_of_every_node(outputs: int, top_k: int, threads: int) -> None:
+    """Also where a thread's part of the vocabulary has less entries than are wanted, or none."""
+    own = decoder(outputs=outputs)
+    call = call_of([4, 9], [BUSH, CHAIN], keep=[0, 3, 5])._replace(top_k=top_k)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        made = own.run(call)
+    finally:
+        torch.set_num_threads(before)
+    logits, top = made.logits, made.top
+    assert top is not None
+    expected = torch.sort(logits, dim=-1, descending=True, stable=True)
+    assert torch.equal(top.logits, expected.values[..., :top_k])
+    assert torch.equal(top.ids, expected.indices[..., :top_k])
+    for row, (ids, own) in enumerate(top.rows):
+        assert torch.equal(ids, top.ids[row])
+        assert top.choices(row, 2) == list(
+            zip(ids[:2, 0].tolist(), own[:2, 0].tolist(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_of_equal_logits_the_first_and_nan_before_all(impl: str) -> None:
+    own = decoder()
+    head = own.ends.head
+    assert head is not None
+    assert head.bias is not None
+    same = Product(to_blocks(torch.zeros(VOCABULARY, HIDDEN)), head.bias)
+    same.bias[:] = 0.0  # type: ignore[index]
+    same.bias[[68, 20, 5]] = 1.0  # type: ignore[index]
+    same.bias[[60, 30]] = torch.nan  # type: ignore[index]
+    own = Decoder(own.layers.layers, own.ends._replace(head=same))
+    top = own.run(call_of([4], [BUSH])._replace(top_k=8), impl=impl).top
+    assert top is not None
+    assert top.ids.tolist() == [[[30, 60, 5, 20, 68, 0, 1, 2]] * len(BUSH)]
+
+
+def test_without_a_head_nothing_is_selected() -> None:
+    own, call = decoder(head=False), call_of([4], [BUSH])
+    assert own.run(call).top is None
+    with pytest.raises(ValueError, match="top_k must be 0 to 0 here; got 1"):
+        own.run(call._replace(top_k=1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -179,6 +226,8 @@ def test_a_position_without_angles() -> None:
         ({"keep": torch.tensor([-1])}, r"keep must name some of 6 nodes"),
         ({"keep": torch.zeros(7, dtype=torch.int64)}, r"keep must name some of 6 nodes"),
         ({"keep": torch.zeros(0, dtype=torch.int64)}, r"keep must name some of 6 nodes"),
+        ({"top_k": -1}, r"top_k must be 0 to 64 here; got -1"),
+        ({"top_k": 65}, r"top_k must be 0 to 64 here; got 65"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

@@ -95,7 +95,7 @@ def results(own: Any, call: Any, impl: str) -> tuple[Tensor, Tensor, Tensor]:
     """Returns output, keys and values of layers or a decoder; the call may be run again."""
     keys, values = torch.stack(call.caches.keys), torch.stack(call.caches.values)
     output = own.run(call._replace(caches=LayerCaches(keys, values)), impl=impl)
-    return output, keys, values
+    return getattr(output, "logits", output), keys, values
 
 
 def assert_alike(own: Any, call: Any) -> None:

@@ -21,7 +21,13 @@ CHAIN = DraftTree.from_lists([4, 5, 6], [-1, 0, 1])
 def law(logits: torch.Tensor, top: TopTokens | None) -> ProcessedLaw:
     prefix = Prefix([1, 2, 4], logits.device)
     return ProcessedLaw(
-        CHAIN, logits, prefix, LogitsProcessorList(), greedy=True, root_position=2, top=top
+        CHAIN,
+        logits,
+        prefix,
+        LogitsProcessorList(),
+        greedy=True,
+        root_position=2,
+        choices=None if top is None else top.choices,
     )
 
 
@@ -42,16 +48,16 @@ def test_an_argmax_takes_the_first_of_equals_with_them_and_without() -> None:
     (top,) = top_tokens([logits], 4)
     for own in (None, top):
         assert [law(logits, own).argmax(node) for node in range(3)] == [0, 9, 199]
-    if top.takes_first:
-        wrong = TopTokens(torch.full((3, 1), 7), torch.zeros(3, 1), takes_first=True)
-        assert law(logits, wrong).argmax(1) == 7  # it is read, not computed again
+    wrong = TopTokens(torch.full((3, 1), 7), torch.zeros(3, 1), [(7, 0.0)] * 3)
+    assert law(logits, wrong).argmax(1) == 7  # it is read, not computed again
 
 
 def test_what_may_take_another_of_equals_is_no_argmax() -> None:
     logits = torch.zeros(3, 200, dtype=torch.bfloat16)
     assert not takes_first(logits, 4)
-    other = TopTokens(torch.full((3, 1), 7), torch.zeros(3, 1), takes_first=False)
-    assert law(logits, other).argmax(1) == 0
+    (top,) = top_tokens([logits], 4)
+    assert top.choices is None
+    assert law(logits, top).argmax(1) == 0
 
 
 @pytest.mark.parametrize(("value", "message"), [(torch.nan, "NaN"), (-torch.inf, "minus inf")])

@@ -82,7 +82,7 @@ class DraftTree:
     @classmethod
     def root_only(cls, token: int) -> DraftTree:
         """Returns the tree of plain decoding: nothing drafted."""
-        return cls.from_lists([token], [-1])
+        return cls([token], [-1], [_ROOT_DRAW], [-1], None, [math.nan])
 
     def __post_init__(self) -> None:
         count = len(self.token_list)

@@ -19,6 +19,7 @@ from specdec.backend.cache import TreeCache
 from specdec.backend.fused_layers import FusedLayer
 from specdec.backend.packed import PackedLinears
 from specdec.kernels.block_linear import MOST_ROWS
+from specdec.kernels.decoded import Decoded
 from specdec.kernels.decoder import Decoder
 from specdec.kernels.layer_parts import DecoderCall, Ends, Norm
 from specdec.kernels.tree_mask import ancestor_matrix
@@ -117,8 +118,9 @@ class DirectPass:
         positions: Tensor,
         ancestors: Tensor | None,
         keep: Tensor | None,
-    ) -> Tensor:
-        """Returns ``[B, N, V]`` (or ``[B, K, V]``) logits; see `TreeModel.forward`."""
+        top_k: int = 0,
+    ) -> Decoded:
+        """Returns what `TreeModel.forward_selecting` does."""
         visible = cache.visible
         # no position is beyond its slot
         cos, sin = self._angles.of(self._embedding, positions[:, -tokens.shape[1] :], visible)
@@ -136,9 +138,10 @@ class DirectPass:
                 starts,
                 visible,
                 keep,
+                top_k if top_k <= self._decoder.most_selected else 0,
             )
         )
-        return output if self._head is None else self._head(output)
+        return output if self._head is None else Decoded(self._head(output.logits))
 
 
 @torch.inference_mode(False)

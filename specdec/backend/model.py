@@ -19,6 +19,7 @@ from specdec.backend.masks import as_additive, tree_visibility
 from specdec.backend.packed import PackedLinears
 from specdec.backend.support import ModelTraits, read_traits
 from specdec.backend.tree_layers import ARGUMENT, MAX_NODES, TREE, TreePass
+from specdec.kernels.decoded import Decoded
 from specdec.kernels.tree_mask import visible_slots
 
 if TYPE_CHECKING:
@@ -117,6 +118,27 @@ class TreeModel:
         Returns:
             ``[B, N, V]`` (or ``[B, K, V]``) logits in the model's dtype.
         """
+        return self.forward_selecting(cache, tokens, positions, ancestors, keep).logits
+
+    def forward_selecting(
+        self,
+        cache: TreeCache,
+        tokens: Tensor,
+        positions: Tensor,
+        ancestors: Tensor | None,
+        keep: Tensor | None = None,
+        top_k: int = 0,
+    ) -> Decoded:
+        """Does what `forward` does, and selects the largest logits where that is on its way.
+
+        Args:
+            cache: this and the others as for `forward`.
+            tokens: new nodes.
+            positions: of all pending nodes.
+            ancestors: which of them each new node sees.
+            keep: whose logits are wanted.
+            top_k: logits to select of each; passes that run the model's own code select none.
+        """
         positions = self.within_table(positions)
         new = tokens.shape[1]
         cache.begin_pass(new)
@@ -125,9 +147,9 @@ class TreeModel:
         of_kernel = whole and self.tree_attention is not None
         direct = self.direct
         if direct is not None and not of_kernel and direct.serves(tokens, ancestors):
-            logits = direct.run(cache, tokens, positions, ancestors, keep)
+            decoded = direct.run(cache, tokens, positions, ancestors, keep, top_k)
             cache.end_pass()
-            return logits
+            return decoded
         masks: dict[str, tuple[Tensor, int | None]] = {}
         trees: TreePass | None = None
         attention: str | None = None
@@ -148,7 +170,7 @@ class TreeModel:
             cache, tokens.to(device), positions[:, -new:].to(device), masks, attention, trees, keep
         )
         cache.end_pass()
-        return logits
+        return Decoded(logits)
 
     def forward_on_device(
         self,

@@ -18,6 +18,7 @@ _FIRST_NODES = 4
 _FEWEST_GROWN = 8
 _PLAIN_PASSES = 4  # of a pause, one of which is noted: they are alike
 _SLOPE_NODES = 8  # over which the cost of a node more is taken
+_NOTHING = Budget(0, 0)
 _HOPEFUL = 0.5  # of what a node costs it must be worth to be grown; what is scored is weighed again
 
 
@@ -81,13 +82,15 @@ class AutoBudget:
 
     def allot(self, rows: Sequence[int], context: float) -> list[Budget]:
         """Returns twice the nodes that were worth it last, within limits; none in a pause."""
+        if self._pauses.paused:
+            self._asked = False
+            self._pauses.skip()
+            return [_NOTHING] * len(rows)
         grown = max(2 * self._last_width, _FEWEST_GROWN)
         nodes = max(0, min(self.max_nodes, self._fitting(len(rows)), grown))
-        self._asked = nodes > 0 and not self._pauses.paused
+        self._asked = nodes > 0
         if not self._asked:
-            if self._pauses.paused:
-                self._pauses.skip()
-            return [Budget(0, 0)] * len(rows)
+            return [_NOTHING] * len(rows)
         depth = self._deepest()
         if self._pauses.exploring:  # to learn what chances are worth, all of them are wanted
             return [Budget(nodes, depth)] * len(rows)
@@ -119,7 +122,9 @@ class AutoBudget:
         passes = self._step_seconds([len(trees) * (width + 1) for width in widths], context)
         drafting = self._clock.draft_seconds
         width = max(widths, key=lambda width: emitted[width] / (drafting + passes[width]))
-        (plain,) = self._step_seconds([len(trees)], context, probes=False)
+        plain = passes[0]
+        if self._rows_per_node > 1:
+            (plain,) = self._step_seconds([len(trees)], context, probes=False)
         self._plain_seconds = plain
         explored = self._pauses.exploring and widest > 0
         self._pauses.drafted(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from specdec.cost import PassCost
 
@@ -38,31 +38,27 @@ class PassClock:
     def of(self, nodes: Sequence[float], context: float) -> list[float]:
         """Returns seconds for numbers of nodes behind prefixes of such a length."""
         base, slope = self._factors
-        foretold = self._foretold(context)
-        least = foretold(1) * (base - slope)
-        return [least + slope * foretold(number) for number in nodes]
+        foretold = self._foretold([1, *nodes], context)
+        least = foretold[1] * (base - slope)
+        return [least + slope * foretold[number] for number in nodes]
 
-    def _foretold(self, context: float) -> Callable[[float], float]:
-        """Returns what the table says of a number of nodes; asked once while a text grows a bit."""
+    def _foretold(self, nodes: Sequence[float], context: float) -> dict[float, float]:
+        """Returns what the table says of numbers of nodes; asked once while a text grows a bit."""
         place = int(context) // _PREFIXES
         if place != self._known_at:
             self._known, self._known_at = {}, place
-        known = self._known
-
-        def seconds(number: float) -> float:
-            if number not in known:
-                (known[number],) = self._cost.of([number], place * _PREFIXES)
-            return known[number]
-
-        return seconds
+        for number in nodes:
+            if number not in self._known:
+                (self._known[number],) = self._cost.of([number], place * _PREFIXES)
+        return self._known
 
     def scored(self, nodes: int, context: float, seconds: float) -> None:
         """Takes note of a pass."""
         if not self._follows:
             return
-        foretold = self._foretold(context)
-        least = foretold(1)
-        more = foretold(nodes) / least - 1.0
+        foretold = self._foretold([1, nodes], context)
+        least = foretold[1]
+        more = foretold[nodes] / least - 1.0
         base, slope = self._factors
         took = min(seconds / least, _LONGEST * (base + slope * more))
         own = (1.0, more, more * more, took, more * took)
