@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from specdec.kernels.native import library, why_not
-from specdec.kernels.weight_blocks import BlockWeight, from_blocks
+from specdec.kernels.weight_blocks import BlockWeight, Form, from_blocks
 
 IMPLEMENTATIONS = ("reference", "native")
 MOST_ROWS = 128  # of one call of C, as in block_panels.h
@@ -37,7 +37,8 @@ def block_linear(
         ``[..., N]`` float32.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not fit.
+        ValueError: if shapes, dtypes or devices do not fit, or the weight has a form that "native"
+            does not multiply with on this machine (`multiplies_bytes`).
         NativeError: if "native" is asked for and C code cannot be had here.
     """
     if impl not in IMPLEMENTATIONS:
@@ -50,6 +51,8 @@ def block_linear(
         )
     if impl == "reference":
         return linear(rows, from_blocks(weight), bias)
+    if weight.form in (Form.DOT8, Form.DOT4) and not multiplies_bytes():
+        raise ValueError(f"this machine has no products of bytes, which {weight.form.name} is for")
     rows = rows.contiguous()
     output = rows.new_empty(*rows.shape[:-1], weight.num_outputs)
     given, written, count = rows.data_ptr(), output.data_ptr(), rows.numel() // width
@@ -66,6 +69,16 @@ def block_linear(
             torch.get_num_threads(),
         )
     return output
+
+
+@functools.cache
+def multiplies_bytes() -> bool:
+    """Returns whether "native" is faster with integers as `for_dots` has them.
+
+    Raises:
+        NativeError: if C code cannot be had here.
+    """
+    return bool(library(_SOURCE).block_dots())
 
 
 def why_not_native() -> str | None:

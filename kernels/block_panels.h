@@ -8,9 +8,11 @@
  * so are all products and sums.
  *
  * Every output is one chain of sums in the order of the inputs. So a row's results are the same
- * bits whatever other rows it is multiplied with.
+ * bits whatever other rows it is multiplied with. Where processors can, integers are multiplied as
+ * bytes (`byte_dots.h`), with results that depend on nothing else either.
  */
 #pragma once
+#include "byte_dots.h"
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -20,13 +22,15 @@
 #include <arm_neon.h>
 #endif
 
-enum { OUTPUTS = 32, INPUTS = 32, MOST_ROWS = 128, AHEAD = 4096 };
+enum { OUTPUTS = 32, INPUTS = 32, MOST_ROWS = 128, AHEAD = 4096, AHEAD_OF_DOTS = 8192 };
 
 enum form {
     FLOAT32,
     BFLOAT16, /* the upper halves of float32 numbers */
     INT8,     /* float16 scale[32], then signed bytes q: q * scale */
     INT4,     /* float16 scale[32] and low[32], then bytes of inputs 2i and 2i + 1: q * scale + low */
+    DOT8,     /* as INT8, four inputs of an output side by side; where DOTS is 1 */
+    DOT4,     /* as INT4, four inputs in lower halves of bytes, the next four in upper ones */
 };
 
 /* Vectors of the machine's own width, as many rows at once as leave registers free, up to how many
@@ -50,7 +54,7 @@ ALWAYS int64_t bytes_of_block(enum form form) {
     switch (form) {
     case FLOAT32: return 4 * OUTPUTS * INPUTS;
     case BFLOAT16: return 2 * OUTPUTS * INPUTS;
-    case INT8: return 2 * OUTPUTS + OUTPUTS * INPUTS;
+    case INT8: case DOT8: return 2 * OUTPUTS + OUTPUTS * INPUTS;
     default: return 4 * OUTPUTS + OUTPUTS * INPUTS / 2;
     }
 }
@@ -262,6 +266,18 @@ struct product {
     enum form form;
 };
 
+/* Writes the outputs of a panel. */
+static void write_panel(const struct product *p, const float *sums, const float *added, float *y,
+                        int rows, int64_t panel) {
+    const int64_t begin = panel * OUTPUTS;
+    const int64_t end = begin + OUTPUTS < p->outputs ? begin + OUTPUTS : p->outputs;
+    for (int r = 0; r < rows; r++)
+        for (int64_t n = begin; n < end; n++) {
+            const float sum = sums[r * OUTPUTS + n - begin] + (p->bias ? p->bias[n] : 0);
+            y[r * p->outputs + n] = added ? added[r * p->outputs + n] + sum : sum;
+        }
+}
+
 /* Computes `panels` panels side by side, a constant to the compiler, from `panel` on. */
 ALWAYS void panels_in(enum form form, const int panels, const struct product *p, const float *x,
                       const float *added, float *y, int rows, int64_t panel) {
@@ -284,23 +300,46 @@ ALWAYS void panels_in(enum form form, const int panels, const struct product *p,
         for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(block + AHEAD + i);
         multiply_decoded(rows, x + k, p->inputs, inputs, decode(form, block, room), sums);
     }
-    for (int i = 0; i < panels; i++) {
-        const int64_t begin = (panel + i) * OUTPUTS;
-        const int64_t end = begin + OUTPUTS < p->outputs ? begin + OUTPUTS : p->outputs;
-        for (int r = 0; r < rows; r++)
-            for (int64_t n = begin; n < end; n++) {
-                const float own = sums[i * MOST_ROWS * OUTPUTS + r * OUTPUTS + n - begin];
-                const float sum = own + (p->bias ? p->bias[n] : 0);
-                y[r * p->outputs + n] = added ? added[r * p->outputs + n] + sum : sum;
-            }
-    }
+    for (int i = 0; i < panels; i++)
+        write_panel(p, sums + i * MOST_ROWS * OUTPUTS, added, y, rows, panel + i);
+}
+
+#if DOTS
+static void panel_of_dots(enum form form, const struct product *p, const struct digits *digits,
+                          const float *added, float *y, int rows, int64_t panel) {
+    const int64_t size = bytes_of_block(form), blocks = p->inputs / INPUTS;
+    const uint8_t *block = p->weight + panel * blocks * size;
+    float sums[MOST_ROWS * OUTPUTS] __attribute__((aligned(64)));
+    for (int i = 0; i < rows * OUTPUTS; i++) sums[i] = 0;
+    for (int64_t k = 0; k < blocks; k++, block += size, digits += rows)
+        if (form == DOT4) add_dots(1, block, AHEAD_OF_DOTS, digits, rows, sums);
+        else add_dots(0, block, AHEAD_OF_DOTS, digits, rows, sums);
+    write_panel(p, sums, added, y, rows, panel);
+}
+#endif
+
+/* Returns how many float32 numbers the digits of some rows take that a product is given. */
+static inline int64_t room_of_digits(const struct product *p, int64_t rows) {
+    const int64_t each = sizeof(struct digits) / sizeof(float);
+    return p->form >= DOT8 ? rows * (p->inputs / INPUTS) * each : 0;
+}
+
+/* Writes the digits of `count` inputs of a row from `first` on, whole blocks, if they are wanted. */
+static inline void prepare(const struct product *p, const float *x, int64_t first, int64_t count,
+                           int64_t row, int64_t rows, struct digits *digits) {
+#if DOTS
+    if (p->form >= DOT8)
+        write_digits(x + first, count, rows, digits + first / INPUTS * rows + row);
+#else
+    (void)p, (void)x, (void)first, (void)count, (void)row, (void)rows, (void)digits;
+#endif
 }
 
 /* Computes a thread's share of x [rows, inputs] in y [rows, outputs], both contiguous; rows is 1 to
- * MOST_ROWS. `added` is of y's shape, or NULL. All threads of a parallel region call it, and wait at
- * its end. */
-static void multiply_shared(const struct product *p, const float *x, const float *added, float *y,
-                            int rows) {
+ * MOST_ROWS. `digits` [inputs / INPUTS, rows] were written by `prepare`. `added` is of y's shape, or
+ * NULL. All threads of a parallel region call it, and wait at its end. */
+static void multiply_shared(const struct product *p, const float *x, const struct digits *digits,
+                            const float *added, float *y, int rows) {
     const int64_t all = (p->outputs + OUTPUTS - 1) / OUTPUTS, threads = omp_get_num_threads();
     const int64_t own = omp_get_thread_num(), end = all * (own + 1) / threads;
     for (int64_t panel = all * own / threads; panel < end;) {
@@ -308,6 +347,12 @@ static void multiply_shared(const struct product *p, const float *x, const float
         const int beside = WIDE * LANES > OUTPUTS && rows <= FEWEST && panel + 1 < end;
         const int panels = beside && (p->form == INT8 || p->form == INT4) ? 2 : 1;
         switch (p->form) {
+#if DOTS
+        case DOT8: panel_of_dots(DOT8, p, digits, added, y, rows, panel); break;
+        case DOT4: panel_of_dots(DOT4, p, digits, added, y, rows, panel); break;
+#else
+        case DOT8: case DOT4: (void)digits, __builtin_trap(); /* nobody has such weights here */
+#endif
 #define CASE(form) \
     case form: \
         if (panels > 1 && (form == INT8 || form == INT4)) \

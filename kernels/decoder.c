@@ -51,10 +51,12 @@ static int64_t rows_of(const struct pass *p) { return p->batch * p->nodes; }
 static int64_t entries_of_mask(const struct pass *p) { return rows_of(p) * p->visible; }
 
 /* Returns the numbers of `room` that `decoder` needs. */
-int64_t decoder_room(const struct layer *l, const struct pass *p, const struct nodes *n) {
+int64_t decoder_room(const struct layer *l, const struct ends *ends, const struct pass *p,
+                     const struct nodes *n) {
     const int64_t rows = 3 * rows_of(p) * l->joined.inputs;
     const int64_t selected = 2 * p->threads * p->batch * n->count * n->top_k; /* of 64 bits */
-    return selected + rows + entries_of_mask(p) + decoder_layers_room(l, p);
+    const int64_t digits = ends->head ? room_of_digits(ends->head, p->batch * n->count) : 0;
+    return selected + rows + digits + entries_of_mask(p) + decoder_layers_room(l, p);
 }
 
 /* Writes what attention adds to the scores: nothing where a node may look, the lowest number else. */
@@ -88,7 +90,9 @@ int decoder(const struct layer *layers, int64_t num_layers, const struct ends *e
     const int64_t wanted = p.batch * n->count;
     float *x = room + 2 * p.threads * wanted * n->top_k; /* behind what is selected */
     float *out = x + rows * hidden, *normed = out + rows * hidden;
-    float *mask = normed + rows * hidden, *rest = mask + entries_of_mask(&p);
+    struct digits *digits = (struct digits *)(normed + rows * hidden);
+    float *mask = (float *)digits + (ends->head ? room_of_digits(ends->head, wanted) : 0);
+    float *rest = mask + entries_of_mask(&p);
     for (int64_t row = 0; row < rows; row++) {
         const int64_t token = n->tokens[row];
         if (token < 0 || token >= ends->vocabulary) return NO_TOKEN;
@@ -109,14 +113,16 @@ int decoder(const struct layer *layers, int64_t num_layers, const struct ends *e
     if (!ends->head) normed = y;
     for (int64_t row = 0; row < p.batch; row++)
         for (int64_t i = 0; i < n->count; i++) {
-            const int64_t node = n->wanted ? n->wanted[i] : i;
-            norm_row(out + (row * p.nodes + node) * hidden, ends->norm,
-                     normed + (row * n->count + i) * hidden, hidden, ends->eps, ends->offset);
+            const int64_t node = n->wanted ? n->wanted[i] : i, place = row * n->count + i;
+            norm_row(out + (row * p.nodes + node) * hidden, ends->norm, normed + place * hidden,
+                     hidden, ends->eps, ends->offset);
+            if (ends->head)
+                prepare(ends->head, normed + place * hidden, 0, hidden, place, wanted, digits);
         }
     if (ends->head)
 #pragma omp parallel num_threads(p.threads)
     {
-        multiply_shared(ends->head, normed, 0, y, (int)wanted);
+        multiply_shared(ends->head, normed, digits, 0, y, (int)wanted);
         if (n->top_k) /* while each thread has what it wrote in its caches */
             top_k_shared(y, wanted, ends->head->outputs, (int)n->top_k, n->top_logits, n->top_ids,
                          (int64_t *)room);

@@ -201,7 +201,7 @@ ALWAYS void attend(const int count, const struct pass *p, float scale, const flo
 
 static void attend_head(const struct layer *l, const struct pass *p, const float *joined,
                         const float *keys, const float *values, float *scores, float *outputs,
-                        int64_t row, int64_t head) {
+                        struct digits *digits, int64_t row, int64_t head) {
     const int64_t width = l->width, line = l->query_heads * width;
     const int64_t query_line = line + 2 * l->heads * width;
     const int64_t own = head / (l->query_heads / l->heads);
@@ -228,6 +228,9 @@ static void attend_head(const struct layer *l, const struct pass *p, const float
 #undef CASE
         }
     }
+    for (int64_t node = row * p->nodes; node < (row + 1) * p->nodes; node++)
+        prepare(&l->output, outputs + node * line, head * width, width, node,
+                p->batch * p->nodes, digits);
 }
 
 static int64_t room_of_scores(const struct pass *p) { return TOGETHER * (p->visible + LANES); }
@@ -237,7 +240,17 @@ static int64_t room_of(const struct layer *l, const struct pass *p) {
     const int64_t rows = p->batch * p->nodes, hidden = l->joined.inputs;
     const int64_t line =
         l->joined.outputs + l->output.inputs + l->gates.outputs + l->down.inputs;
-    return rows * (2 * hidden + line) + (int64_t)p->threads * room_of_scores(p);
+    const int64_t digits = room_of_digits(&l->joined, rows) + room_of_digits(&l->output, rows) +
+                           room_of_digits(&l->gates, rows) + room_of_digits(&l->down, rows);
+    return rows * (2 * hidden + line) + digits + (int64_t)p->threads * room_of_scores(p);
+}
+
+/* Norms a row of x, and prepares it for a product. */
+static void norm_for(const struct product *p, const float *x, const float *weight, float *y,
+                     int64_t row, int64_t rows, float eps, float offset, struct digits *digits) {
+    float *own = y + row * p->inputs;
+    norm_row(x + row * p->inputs, weight, own, p->inputs, eps, offset);
+    prepare(p, own, 0, p->inputs, row, rows, digits);
 }
 
 /* x and y [batch, nodes, hidden]; keys and values of this layer are written to and read. */
@@ -247,32 +260,37 @@ static void run_layer(const struct layer *l, const struct pass *p, const float *
     const int64_t hidden = l->joined.inputs, line = l->joined.outputs, inner = l->down.inputs;
     float *normed = room, *middle = normed + rows * hidden, *joined = middle + rows * hidden;
     float *attended = joined + rows * line, *gates = attended + rows * l->output.inputs;
-    float *products = gates + rows * l->gates.outputs, *all_scores = products + rows * inner;
+    float *products = gates + rows * l->gates.outputs, *at = products + rows * inner;
+    struct digits *of_joined = (struct digits *)at, *of_output, *of_gates, *of_down;
+    of_output = (struct digits *)(at += room_of_digits(&l->joined, rows));
+    of_gates = (struct digits *)(at += room_of_digits(&l->output, rows));
+    of_down = (struct digits *)(at += room_of_digits(&l->gates, rows));
+    float *all_scores = at + room_of_digits(&l->down, rows);
 #pragma omp parallel num_threads(p->threads)
     {
 #define SHARED_OUT(i, count) \
     _Pragma("omp for schedule(static)") for (int64_t i = 0; i < count; i++)
         SHARED_OUT(row, rows)
-            norm_row(x + row * hidden, l->before, normed + row * hidden, hidden, l->eps, l->offset);
-        multiply_shared(&l->joined, normed, 0, joined, rows);
+            norm_for(&l->joined, x, l->before, normed, row, rows, l->eps, l->offset, of_joined);
+        multiply_shared(&l->joined, normed, of_joined, 0, joined, rows);
         SHARED_OUT(row, rows)
             place(l, p, joined + row * line, keys, values, row / p->nodes, row % p->nodes);
         SHARED_OUT(task, p->batch * l->query_heads) {
             float *scores = all_scores + omp_get_thread_num() * room_of_scores(p);
-            attend_head(l, p, joined, keys, values, scores, attended, task / l->query_heads,
-                        task % l->query_heads);
+            attend_head(l, p, joined, keys, values, scores, attended, of_output,
+                        task / l->query_heads, task % l->query_heads);
         }
-        multiply_shared(&l->output, attended, x, middle, rows);
+        multiply_shared(&l->output, attended, of_output, x, middle, rows);
         SHARED_OUT(row, rows)
-            norm_row(middle + row * hidden, l->between, normed + row * hidden, hidden, l->eps,
-                     l->offset);
-        multiply_shared(&l->gates, normed, 0, gates, rows);
+            norm_for(&l->gates, middle, l->between, normed, row, rows, l->eps, l->offset, of_gates);
+        multiply_shared(&l->gates, normed, of_gates, 0, gates, rows);
         SHARED_OUT(row, rows) {
             const float *gate = gates + row * 2 * inner, *up = gate + inner;
             for (int64_t i = 0; i < inner; i++)
                 products[row * inner + i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+            prepare(&l->down, products + row * inner, 0, inner, row, rows, of_down);
         }
-        multiply_shared(&l->down, products, middle, y, rows);
+        multiply_shared(&l->down, products, of_down, middle, y, rows);
 #undef SHARED_OUT
     }
 }

@@ -29,6 +29,8 @@ class Form(enum.IntEnum):
     BFLOAT16 = 1
     INT8 = 2
     INT4 = 3
+    DOT8 = 4
+    DOT4 = 5
 
 
 class BlockWeight(NamedTuple):
@@ -59,7 +61,7 @@ def to_blocks(weight: Tensor, form: Form | None = None) -> BlockWeight:
 
     Args:
         weight: ``[N, K]`` float32.
-        form: one to use; None for the smallest that holds the numbers.
+        form: one to use; None for the smallest that holds the numbers and any machine multiplies.
 
     Raises:
         ValueError: if `form` cannot hold them, or the weight is no float32 matrix.
@@ -68,11 +70,46 @@ def to_blocks(weight: Tensor, form: Form | None = None) -> BlockWeight:
         raise ValueError(
             f"a weight must be [N, K] float32, not empty; got {list(weight.shape)} {weight.dtype}"
         )
-    for candidate in reversed(Form) if form is None else [form]:
+    if form in _OF_INTEGERS:
+        return for_dots(to_blocks(weight, _OF_INTEGERS[form]))
+    for candidate in reversed(_MAKERS) if form is None else [form]:
         data = _blocks_of(weight, candidate)
         if data is not None:
             return BlockWeight(data, candidate, *weight.shape)
     raise ValueError(f"{candidate.name} cannot hold the numbers of this weight")
+
+
+def for_dots(blocks: BlockWeight) -> BlockWeight:
+    """Returns integers as a processor multiplies them that has products of bytes.
+
+    Four inputs of an output stand side by side, as `byte_dots.h` says; other forms come back as
+    they are.
+    """
+    if blocks.form not in (Form.INT8, Form.INT4):
+        return blocks
+    panels, count, _ = blocks.data.shape
+    four_bits = blocks.form == Form.INT4
+    head = blocks.data[..., : (4 if four_bits else 2) * SIZE]
+    fours = _integers_of(blocks).view(panels, count, -1, 4, SIZE).transpose(3, 4)
+    if four_bits:
+        fours = fours[:, :, ::2] | (fours[:, :, 1::2] << 4)
+    form = Form.DOT4 if four_bits else Form.DOT8
+    return blocks._replace(data=_as_bytes(head, fours), form=form)
+
+
+def _integers_of(blocks: BlockWeight) -> Tensor:
+    """Returns ``[P, B, 32 inputs, 32 outputs]``, of 8 bits int8 and of 4 bits uint8."""
+    panels, count, _ = blocks.data.shape
+    four_bits = blocks.form in (Form.INT4, Form.DOT4)
+    rest = blocks.data[..., (4 if four_bits else 2) * SIZE :].contiguous()
+    if blocks.form in (Form.DOT4, Form.DOT8):
+        rest = rest.view(panels, count, -1, SIZE, 4).transpose(3, 4)  # [..., 4, outputs]
+        rest = torch.stack([rest & 15, rest >> 4], dim=3) if four_bits else rest
+    elif four_bits:
+        rest = rest.view(panels, count, SIZE // 2, SIZE)
+        rest = torch.stack([rest & 15, rest >> 4], dim=3)
+    integers = rest.reshape(panels, count, SIZE, SIZE)
+    return integers if four_bits else integers.view(torch.int8)
 
 
 def _blocks_of(weight: Tensor, form: Form) -> Tensor | None:
@@ -95,27 +132,21 @@ def from_blocks(blocks: BlockWeight) -> Tensor:
         numbers = blocks.data.view(torch.float32).view(shape)
     elif blocks.form == Form.BFLOAT16:
         numbers = blocks.data.view(torch.bfloat16).view(shape).float()
-    elif blocks.form == Form.INT8:
-        (scale,), rest = _head(blocks.data, 1)
-        numbers = rest.view(torch.int8).view(shape).float() * scale
+    elif blocks.form in (Form.INT8, Form.DOT8):
+        (scale,) = _heads_of(blocks.data, 1)
+        numbers = _integers_of(blocks).float() * scale
     else:
-        (scale, low), rest = _head(blocks.data, 2)
-        pairs = rest.view(panels, count, SIZE // 2, 1, SIZE)
-        integers = torch.cat([pairs & 15, pairs >> 4], dim=3).view(shape)
-        numbers = integers.float() * scale + low
+        scale, low = _heads_of(blocks.data, 2)
+        numbers = _integers_of(blocks).float() * scale + low
     weight = numbers.permute(0, 3, 1, 2).reshape(panels * SIZE, count * SIZE)
     return weight[: blocks.num_outputs, : blocks.num_inputs].contiguous()
 
 
-def _head(data: Tensor, vectors: int) -> tuple[list[Tensor], Tensor]:
-    """Splits blocks into their leading vectors ``[P, B, 1, 32]`` of float16 and the bytes behind.
-
-    The vectors are returned as float32.
-    """
+def _heads_of(data: Tensor, vectors: int) -> list[Tensor]:
+    """Returns the leading vectors of float16 of blocks, ``[P, B, 1, 32]`` float32."""
     size = 2 * SIZE
     heads = [data[..., i * size : (i + 1) * size].contiguous() for i in range(vectors)]
-    rest = data[..., vectors * size :].contiguous()
-    return [head.view(torch.float16).float().unsqueeze(2) for head in heads], rest
+    return [head.view(torch.float16).float().unsqueeze(2) for head in heads]
 
 
 def _in_blocks(values: Tensor) -> Tensor:
@@ -184,6 +215,7 @@ def _as_int4(weight: Tensor) -> Tensor | None:
     return _as_bytes(_heads(scale), _heads(low), blocks[:, :, ::2] | (blocks[:, :, 1::2] << 4))
 
 
+_OF_INTEGERS = {Form.DOT8: Form.INT8, Form.DOT4: Form.INT4}
 _MAKERS = {
     Form.FLOAT32: _as_float32,
     Form.BFLOAT16: _as_bfloat16,

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import native
-from specdec.kernels.block_linear import MOST_ROWS, block_linear, why_not_native
+from specdec.kernels.block_linear import (
+    MOST_ROWS,
+    block_linear,
+    multiplies_bytes,
+    why_not_native,
+)
 from specdec.kernels.native import NativeError, library
 from specdec.kernels.weight_blocks import Form, to_blocks
 
@@ -18,11 +23,17 @@ needs_compiler = pytest.mark.skipif(
     why_not_native() is not None, reason=f"no native code: {why_not_native()}"
 )
 IMPLS = ["reference", pytest.param("native", marks=needs_compiler)]
+needs_dots = pytest.mark.skipif(
+    why_not_native() is not None or not multiplies_bytes(), reason="no products of bytes here"
+)
+DOTS = {Form.DOT8: Form.INT8, Form.DOT4: Form.INT4}
+FORMS = [pytest.param(form, marks=needs_dots if form in DOTS else ()) for form in Form]
 TOLERANCE = 2e-6  # of a sum of float32 products, relative to the sum of their sizes
 
 
 def weight_of(form: Form, outputs: int, inputs: int) -> Tensor:
     """Returns numbers that this form holds and no smaller one."""
+    form = DOTS.get(form, form)
     generator = torch.Generator().manual_seed(outputs * 1000 + inputs)
     weight = torch.randn(outputs, inputs, generator=generator)
     if form == Form.BFLOAT16:
@@ -39,12 +50,12 @@ def weight_of(form: Form, outputs: int, inputs: int) -> Tensor:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("form", list(Form))
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("outputs", "inputs"), [(32, 32), (1, 64), (96, 160), (65, 224)])
 @pytest.mark.parametrize("rows", [1, 2, 7, 12, 13, 33, MOST_ROWS])
 def test_products(impl: str, form: Form, outputs: int, inputs: int, rows: int) -> None:
     weight = weight_of(form, outputs, inputs)
-    blocks = to_blocks(weight)
+    blocks = to_blocks(weight, form if form in DOTS else None)
     assert blocks.form == form
     x, bias = torch.randn(rows, inputs), torch.randn(outputs)
     for shift in (None, bias):
@@ -79,11 +90,53 @@ def test_scales_of_all_sizes_that_float16_has(form: Form) -> None:
         assert torch.equal(torch.cat(got).T, weight)
 
 
+@needs_dots
+@pytest.mark.parametrize("form", list(DOTS))
+def test_inputs_err_by_a_step_of_their_block_at_most(form: Form) -> None:
+    """However unlike in size they are, and blocks among themselves."""
+    weight = weight_of(form, 64, 256)
+    blocks = to_blocks(weight, form)
+    draw = torch.Generator().manual_seed(3)
+    for power in (0, 3, 8):
+        size = 10.0 ** (power * torch.randn(40, 256, generator=draw).clamp(-3, 3))
+        x = torch.randn(40, 256, generator=draw) * size
+        got, exact = block_linear(x, blocks), x.double() @ weight.double().T
+        largest = x.view(40, 8, 32).abs().amax(-1).double()
+        sizes = weight.view(64, 8, 32).abs().sum(-1).double()
+        steps = 2.0**-22.9 * (largest @ sizes.T)
+        rounding = 2.0**-22 * (x.double().abs() @ weight.double().abs().T)
+        assert ((got - exact).abs() <= steps + rounding).all()
+
+
+@needs_dots
+@pytest.mark.parametrize("form", list(DOTS))
+@pytest.mark.parametrize("special", [0.0, 1e-40, 1e-31, 3e38, torch.nan, torch.inf, -torch.inf])
+def test_inputs_at_the_ends(form: Form, special: float) -> None:
+    weight, bias = weight_of(form, 40, 96), torch.randn(40)
+    blocks = to_blocks(weight, form)
+    x = torch.randn(3, 96)
+    x[1, 32:64] = special
+    got, expected = block_linear(x, blocks, bias), x.double() @ weight.double().T + bias
+    exact = (got - expected).abs() <= TOLERANCE * (x.double().abs() @ weight.double().abs().T + 1)
+    assert exact[[0, 2]].all()
+    if abs(special) < torch.inf:
+        assert (exact[1] | (expected[1].abs() > torch.finfo(torch.float32).max)).all()
+    else:
+        assert not torch.isfinite(got[1]).any()
+
+
 @needs_compiler
-@pytest.mark.parametrize("form", list(Form))
+def test_a_form_of_other_machines_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdec.kernels.block_linear.multiplies_bytes", lambda: False)
+    with pytest.raises(ValueError, match="no products of bytes, which DOT4 is for"):
+        block_linear(torch.ones(1, 64), to_blocks(weight_of(Form.INT4, 32, 64), Form.DOT4))
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", FORMS)
 def test_a_row_does_not_depend_on_the_others(form: Form) -> None:
     """Bit for bit, so that a tree's linear layers round as one token's do; NaN rows included."""
-    blocks = to_blocks(weight_of(form, 96, 192))
+    blocks = to_blocks(weight_of(form, 96, 192), form)
     x = torch.randn(MOST_ROWS, 192)
     alone = torch.cat([block_linear(r, blocks) for r in x[:, None]])
     for count in range(1, MOST_ROWS + 1):
@@ -106,12 +159,12 @@ def test_a_prompts_rows_are_taken_some_at_a_time(rows: int) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("form", list(Form))
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 16])
 def test_threads_share_the_outputs(form: Form, rows: int) -> None:
     """Seven panels, some of which stand alone in a share and others go in pairs: the same bits."""
     weight, x = weight_of(form, 220, 1536), torch.randn(rows, 1536)
-    blocks, before = to_blocks(weight), torch.get_num_threads()
+    blocks, before = to_blocks(weight, form), torch.get_num_threads()
     every = [to_blocks(panel, form) for panel in weight.split(32)]
     try:
         torch.set_num_threads(1)

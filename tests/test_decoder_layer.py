@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_block_linear import DOTS, FORMS, needs_dots, weight_of
 from torch import Tensor
 
 from specdec.kernels.block_linear import MOST_ROWS
@@ -19,6 +20,7 @@ needs_compiler = pytest.mark.skipif(
 pytestmark = needs_compiler
 LOWEST = torch.finfo(torch.float32).min
 TOLERANCE = 3e-6  # relative to the largest entry
+_FLOATS = (Form.FLOAT32, Form.BFLOAT16, None)
 
 
 def layer(*, count: int = 1, seed: int = 0, **options: Any) -> DecoderLayers:
@@ -43,7 +45,9 @@ def parts_of(
 
     def product(outputs: int, inputs: int) -> Product:
         weight = size * torch.randn(outputs, inputs, generator=draw) * inputs**-0.5
-        blocks = to_blocks(weight.bfloat16().float(), form)
+        if form in (Form.INT8, Form.INT4, *DOTS):
+            weight = weight_of(form, outputs, inputs) * 2.0**-4
+        blocks = to_blocks(weight.bfloat16().float() if form in _FLOATS else weight, form)
         return Product(blocks, torch.randn(outputs, generator=draw) if bias else None)
 
     def norm(count: int) -> Norm:
@@ -112,12 +116,42 @@ def test_trees_behind_prefixes(nodes: int, starts: list[int]) -> None:
     assert_alike(own, call_of(own, starts, nodes))
 
 
-@pytest.mark.parametrize("form", [Form.FLOAT32, Form.BFLOAT16, None])
+@pytest.mark.parametrize("form", [*FORMS, None])
 @pytest.mark.parametrize("head_norms", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_families(form: Form | None, head_norms: bool, bias: bool) -> None:
-    own = layer(form=form, head_norms=head_norms, bias=bias)
+    sizes = {} if form in _FLOATS else {"hidden": 64, "inner": 96}  # integers fill whole blocks
+    own = layer(form=form, head_norms=head_norms, bias=bias, **sizes)
     assert_alike(own, call_of(own, [6, 2], 5))
+
+
+@needs_dots
+def test_the_bits_of_products_of_bytes_are_a_nodes_own() -> None:
+    """Heads write the digits of their outputs, rows those of their norms: nobody another's."""
+    own = layer(form=Form.DOT4, hidden=64, inner=96, count=2)
+    call = call_of(own, [6, 9, 2], 7)
+    together, _, _ = results(own, call, "native")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(results(own, call, "native")[0], together)
+    finally:
+        torch.set_num_threads(before)
+    assert call.mask is not None
+    for row, start in enumerate(call.starts):
+        alone = call._replace(
+            rows=call.rows[row : row + 1],
+            cos=call.cos[row : row + 1],
+            sin=call.sin[row : row + 1],
+            mask=call.mask[row : row + 1],
+            starts=[start],
+            caches=LayerCaches(
+                [keys[row : row + 1].clone() for keys in call.caches.keys],
+                [values[row : row + 1].clone() for values in call.caches.values],
+            ),
+        )
+        assert torch.equal(results(own, alone, "native")[0][0], together[row])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from specdec.kernels import weight_blocks
-from specdec.kernels.weight_blocks import Form, from_blocks, to_blocks
+from specdec.kernels.weight_blocks import Form, for_dots, from_blocks, to_blocks
 
 
 def from_file(kind: gguf.GGMLQuantizationType, rows: int, columns: int) -> Tensor:
@@ -39,6 +39,11 @@ def test_numbers_of_files_stay_integers(
     blocks = to_blocks(weight)
     assert blocks.form == form
     assert torch.equal(from_blocks(blocks), weight)
+    others = for_dots(blocks)
+    dots = {Form.INT4: Form.DOT4, Form.INT8: Form.DOT8}
+    assert others.form == dots.get(form, form)
+    assert others.data.shape == blocks.data.shape
+    assert torch.equal(from_blocks(others), weight)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (64, 64), (129, 31)])

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specdec.kernels.block_linear import MOST_ROWS, block_linear, why_not_native
+from specdec.kernels.block_linear import MOST_ROWS, block_linear, multiplies_bytes, why_not_native
 from specdec.kernels.layer_parts import Product
-from specdec.kernels.weight_blocks import to_blocks
+from specdec.kernels.weight_blocks import for_dots, to_blocks
 
 # float32's unit roundoff: a change of the weights below it drowns in the rounding of the products
 _ROUNDOFF = 2.0**-24
@@ -48,6 +48,8 @@ def pack_blocks(weight: Tensor, bias: Tensor | None) -> PackedWeight | None:
     if reason_against("blocks"):
         return None
     blocks = to_blocks(weight)
+    if multiplies_bytes():
+        blocks = for_dots(blocks)
     bias = None if bias is None else bias.contiguous()
     run = partial(block_linear, weight=blocks, bias=bias)
     layout = f"blocks of {blocks.form.name.lower()}"
