@@ -12,7 +12,6 @@
  * bytes (`byte_dots.h`), with results that depend on nothing else either.
  */
 #pragma once
-#include "byte_dots.h"
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
@@ -121,6 +120,8 @@ ALWAYS vec numbers_of(const uint16_t *x) {
     return (vec)((bits & 0x8000) << 16 | (tiny & small) | (~tiny & normal));
 #endif
 }
+
+#include "byte_dots.h"
 
 /* What a vector of outputs is scaled by, and raised. */
 struct scale { vec by, low; };

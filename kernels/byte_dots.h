@@ -6,109 +6,129 @@
  * largest input. The block's three sums of bytes times integers are exact; joined, they are
  * rounded to float32 and scaled. So a product errs by no more than one of float32 numbers that is
  * summed in float32, and costs less: the rows' bytes are made once, for all outputs.
+ *
+ * Included by `block_panels.h`, whose vectors and blocks these are.
  */
 #pragma once
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#include <immintrin.h>
+#if defined(__AVX512VNNI__)
 #define DOTS 1
+#define DOT(sum, w, x) (words)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(w), (__m512i)(x))
+#elif defined(__AVXVNNI__) && !defined(__AVX512F__)
+#define DOTS 1
+#define DOT(sum, w, x) (words)_mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(w), (__m256i)(x))
 #else
 #define DOTS 0
 #endif
 
-enum { BLOCK = 32, DIGITS = 3, DOT_LANES = 16, HALVES = BLOCK / DOT_LANES, QUADS = BLOCK / 4 };
+/* SIDE vectors of outputs are summed side by side, as many as registers hold the integers of. */
+enum { DIGITS = 3, QUADS = INPUTS / 4, SIDE = LANES == 16 ? 2 : 1 };
 
 /* A block of a row; those of all rows lie side by side. */
 struct digits {
-    int8_t bytes[DIGITS][BLOCK];
+    int8_t bytes[DIGITS][INPUTS];
     int32_t totals[DIGITS]; /* of the bytes */
     float step, total;      /* of the inputs as they are written */
 };
 
 #if DOTS
+typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+
 static const float LARGEST = 8355000.0f; /* less than 127 * (65536 + 256 + 1): a byte each */
 static const float LEAST = 1e-30f;       /* an input below it counts as zero */
 
+#if defined(__AVX512F__)
+ALWAYS words rounded(vec x) { return (words)_mm512_cvtps_epi32((__m512)x); }
+ALWAYS int32_t largest_of(words x) { return _mm512_reduce_max_epi32((__m512i)x); }
+ALWAYS int32_t sum_of(words x) { return _mm512_reduce_add_epi32((__m512i)x); }
+#else
+ALWAYS words rounded(vec x) { return (words)_mm256_cvtps_epi32((__m256)x); }
+ALWAYS int32_t largest_of(words x) {
+    int32_t most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+ALWAYS int32_t sum_of(words x) {
+    int32_t sum = 0;
+    for (int i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+#endif
+
 /* Writes whole blocks of a row; the digits of one block lie `next` behind those of the last. */
 static void write_digits(const float *x, int64_t inputs, int64_t next, struct digits *own) {
-    for (int64_t k = 0; k < inputs; k += BLOCK, x += BLOCK, own += next) {
-        const __m512 part[HALVES] = {_mm512_loadu_ps(x), _mm512_loadu_ps(x + DOT_LANES)};
-        const __m512i sign = _mm512_set1_epi32(0x7fffffff);
-        const __m512i sizes = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(part[0]), sign),
-                                               _mm512_and_si512(_mm512_castps_si512(part[1]), sign));
-        union { int32_t bits; float number; } most = {_mm512_reduce_max_epi32(sizes)};
+    for (int64_t k = 0; k < inputs; k += INPUTS, x += INPUTS, own += next) {
+        words sizes = {0}; /* floats without a sign are in order as integers */
+        for (int n = 0; n < INPUTS; n += LANES) {
+            const words own_sizes = *(const words *)(x + n) & 0x7fffffff, more = own_sizes > sizes;
+            sizes = (own_sizes & more) | (sizes & ~more);
+        }
+        union { int32_t bits; float number; } most = {largest_of(sizes)};
         const int finite = most.bits < 0x7f800000; /* else it spreads */
         const float size = finite && most.number > LEAST ? LARGEST / most.number : 0;
-        own->step = finite ? most.number / LARGEST : __builtin_nanf("");
-        __m512i sums[DIGITS];
-        for (int half = 0; half < HALVES; half++) {
-            __m512i left = _mm512_cvtps_epi32(_mm512_mul_ps(part[half], _mm512_set1_ps(size)));
+        words sums[DIGITS] = {{0}, {0}, {0}};
+        for (int n = 0; n < INPUTS; n += LANES) {
+            words left = rounded(*(const vec *)(x + n) * size);
             for (int i = DIGITS - 1; i >= 0; i--) {
-                const __m512i digit = _mm512_srai_epi32(_mm512_slli_epi32(left, 24), 24);
-                left = _mm512_srai_epi32(_mm512_sub_epi32(left, digit), 8);
-                sums[i] = half ? _mm512_add_epi32(sums[i], digit) : digit;
-                _mm_storeu_si128((__m128i *)(own->bytes[i] + half * DOT_LANES),
-                                 _mm512_cvtepi32_epi8(digit));
+                const words digit = left << 24 >> 24;
+                left = (left - digit) >> 8;
+                sums[i] += digit;
+                *(bytes *)(own->bytes[i] + n) = __builtin_convertvector(digit, bytes);
             }
         }
-        for (int i = 0; i < DIGITS; i++) own->totals[i] = _mm512_reduce_add_epi32(sums[i]);
-        const float whole = own->totals[0] * 65536.0f + own->totals[1] * 256.0f + own->totals[2];
-        own->total = whole * own->step;
+        for (int i = 0; i < DIGITS; i++) own->totals[i] = sum_of(sums[i]);
+        own->step = finite ? most.number / LARGEST : __builtin_nanf("");
+        own->total =
+            (own->totals[0] * 65536.0f + own->totals[1] * 256.0f + own->totals[2]) * own->step;
     }
 }
 
-/* Adds the products of rows with a block of 32 outputs to `sums` [rows, 32], and fetches what comes
- * `ahead` bytes later. The block begins with scales, of 4-bit integers with lows too, as elsewhere.
- * Then come four inputs of an output, a byte each, four of the next output, and so on; or eight
- * inputs, the first four in the lower halves of the bytes. */
-static inline __attribute__((always_inline)) void add_dots(const int four_bits,
-                                                           const uint8_t *block, int64_t ahead,
-                                                           const struct digits *x, int rows,
-                                                           float *sums) {
-    const __m512i low_bits = _mm512_set1_epi8(15), flip = _mm512_set1_epi8((char)0x80);
+/* Adds the products of rows with a block of a panel to `sums` [rows, OUTPUTS], and fetches what comes
+ * `ahead` bytes later. Behind the block's scales, and with 4 bits its lows, stand four inputs of an
+ * output, a byte each, four of the next output, and so on; with 4 bits eight inputs, the first four
+ * in the lower halves of the bytes. */
+ALWAYS void add_dots(const int four_bits, const uint8_t *block, int64_t ahead,
+                     const struct digits *x, int rows, float *sums) {
     const int centre = four_bits ? 8 : 128; /* integers count from it, so that sums stay small */
-    __m512i w[QUADS][HALVES];
-    __m512 by[HALVES], low[HALVES];
-    const uint8_t *bytes = block + (four_bits ? 4 : 2) * BLOCK;
-    for (const uint8_t *head = block; head < bytes; head += 64) __builtin_prefetch(head + ahead);
-    for (int v = 0; v < HALVES; v++) {
-        by[v] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(block + 32 * v)));
-        if (!four_bits) continue;
-        low[v] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(block + 64 + 32 * v)));
-        low[v] = _mm512_fmadd_ps(by[v], _mm512_set1_ps(8), low[v]);
-    }
-    for (int j = 0; j < (four_bits ? QUADS / 2 : QUADS); j++)
-        for (int v = 0; v < HALVES; v++) {
-            const uint8_t *at = bytes + (j * HALVES + v) * 64;
-            const __m512i all = _mm512_loadu_si512(at);
-            __builtin_prefetch(at + ahead);
-            if (four_bits) {
-                w[2 * j][v] = _mm512_and_si512(all, low_bits);
-                w[2 * j + 1][v] = _mm512_and_si512(_mm512_srli_epi32(all, 4), low_bits);
-            } else
-                w[j][v] = _mm512_xor_si512(all, flip);
+    const uint8_t *head = block, *integers = block + (four_bits ? 4 : 2) * OUTPUTS;
+    for (; head < integers; head += 64) __builtin_prefetch(head + ahead);
+    for (int n = 0; n < OUTPUTS; n += SIDE * LANES) {
+        vec by[SIDE], low[SIDE];
+        words w[QUADS][SIDE];
+        for (int v = 0; v < SIDE; v++) {
+            const uint16_t *scales = (const uint16_t *)block + n + v * LANES;
+            by[v] = numbers_of(scales);
+            if (four_bits) low[v] = by[v] * (float)centre + numbers_of(scales + OUTPUTS);
         }
-    for (int r = 0; r < rows; r++) {
-        __m512i sum[DIGITS][HALVES];
-        for (int i = 0; i < DIGITS; i++)
-            for (int v = 0; v < HALVES; v++) sum[i][v] = _mm512_set1_epi32(-centre * x[r].totals[i]);
-        for (int j = 0; j < QUADS; j++)
-            for (int i = 0; i < DIGITS; i++) {
-                int32_t four;
-                memcpy(&four, x[r].bytes[i] + 4 * j, 4);
-                for (int v = 0; v < HALVES; v++)
-                    sum[i][v] = _mm512_dpbusd_epi32(sum[i][v], w[j][v], _mm512_set1_epi32(four));
+        for (int j = 0; j < (four_bits ? QUADS / 2 : QUADS); j++)
+            for (int v = 0; v < SIDE; v++) {
+                const uint8_t *at = integers + 4 * (j * OUTPUTS + n + v * LANES);
+                const words all = *(const words *)at;
+                if (v * LANES % 16 == 0) __builtin_prefetch(at + ahead); /* 64 bytes */
+                if (four_bits) {
+                    w[2 * j][v] = all & 0x0f0f0f0f;
+                    w[2 * j + 1][v] = all >> 4 & 0x0f0f0f0f;
+                } else
+                    w[j][v] = all ^ (int)0x80808080; /* as many more than -128 */
             }
-        for (int v = 0; v < HALVES; v++) {
-            __m512 all = _mm512_cvtepi32_ps(sum[2][v]);
-            all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[1][v]), _mm512_set1_ps(256), all);
-            all = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[0][v]), _mm512_set1_ps(65536), all);
-            float *own = sums + r * BLOCK + v * DOT_LANES;
-            const __m512 scale = _mm512_mul_ps(by[v], _mm512_set1_ps(x[r].step));
-            all = _mm512_fmadd_ps(all, scale, _mm512_loadu_ps(own));
-            if (four_bits) all = _mm512_fmadd_ps(low[v], _mm512_set1_ps(x[r].total), all);
-            _mm512_storeu_ps(own, all);
+        for (int r = 0; r < rows; r++) {
+            words sum[DIGITS][SIDE];
+            for (int i = 0; i < DIGITS; i++)
+                for (int v = 0; v < SIDE; v++) sum[i][v] = (words){0} - centre * x[r].totals[i];
+            for (int j = 0; j < QUADS; j++)
+                for (int i = 0; i < DIGITS; i++) {
+                    int32_t four;
+                    memcpy(&four, x[r].bytes[i] + 4 * j, sizeof four);
+                    for (int v = 0; v < SIDE; v++)
+                        sum[i][v] = DOT(sum[i][v], w[j][v], (words){0} + four);
+                }
+            for (int v = 0; v < SIDE; v++) {
+                vec all = __builtin_convertvector(sum[2][v], vec);
+                all += __builtin_convertvector(sum[1][v], vec) * 256.0f;
+                all += __builtin_convertvector(sum[0][v], vec) * 65536.0f;
+                float *own = sums + r * OUTPUTS + n + v * LANES;
+                all = *(vec *)own + all * (by[v] * x[r].step);
+                *(vec *)own = four_bits ? all + low[v] * x[r].total : all;
+            }
         }
     }
 }
