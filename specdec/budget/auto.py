@@ -40,8 +40,8 @@ class AutoBudget:
     law must not be cut by what they hold; use `FixedBudget` with those.
 
     While drafts lose time on average the drafter is not asked, but for a try now and then that
-    costs no more than 1 % of the time (`specdec.budget.pauses`), and learns from a step now and
-    then only. A new or improving drafter gets more nodes by doubling.
+    costs no more than half a percent of the time (`specdec.budget.pauses`), and learns from a step
+    now and then only. A new or improving drafter gets more nodes by doubling.
 
     Source: the objective is that of Sequoia (arXiv 2402.12374, section 3.3) and SmartSpec (arXiv
     2406.14066), per step and with n = 0 allowed.

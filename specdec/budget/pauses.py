@@ -6,17 +6,17 @@ import math
 
 _RATE = 0.15  # of the running mean
 _PATIENCE = 3  # drafts at a loss before drafting is left out
-_EXPLORATION = 0.01  # of the time, to learn whether a drafter that does not pay pays again
-_LEARNING = 0.005  # of the time, to go on learning while it is not asked
+_EXPLORATION = 0.005  # of the time, to learn whether a drafter that does not pay pays again
+_LEARNING = 0.0025  # of the time, to go on learning while it is not asked
 _LONG = 4  # steps of a pause, from which learning is rationed
 
 
 class Pauses:
     """Leaves out drafting while drafts, on average, lose time; tries again after longer pauses.
 
-    The pauses double, up to where a try takes 1 % of the time between tries. One good draft ends
-    them if it gains more than the bad ones lost. Another text gets a try at once, but on credit:
-    the pause behind it is longer by what was left of the one before.
+    The pauses double, up to where a try takes half a percent of the time between tries. One good
+    draft ends them if it gains more than the bad ones lost. Another text gets a try at once, but on
+    credit: the pause behind it is longer by what was left of the one before.
     """
 
     def __init__(self) -> None:
