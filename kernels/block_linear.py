@@ -51,13 +51,16 @@ def block_linear(
         )
     if impl == "reference":
         return linear(rows, from_blocks(weight), bias)
-    if weight.form in (Form.DOT8, Form.DOT4) and not multiplies_bytes():
+    if not serves(weight.form):
         raise ValueError(f"this machine has no products of bytes, which {weight.form.name} is for")
     rows = rows.contiguous()
     output = rows.new_empty(*rows.shape[:-1], weight.num_outputs)
     given, written, count = rows.data_ptr(), output.data_ptr(), rows.numel() // width
+    size, run = _functions()
+    needed = size(weight.form.value, min(MOST_ROWS, count), width)
+    room = torch.empty(needed, dtype=torch.float32) if needed else None
     for first in range(0, count, MOST_ROWS):
-        _function()(
+        run(
             weight.form.value,
             given + first * width * rows.itemsize,
             weight.data.data_ptr(),
@@ -67,18 +70,24 @@ def block_linear(
             width,
             weight.num_outputs,
             torch.get_num_threads(),
+            None if room is None else room.data_ptr(),
         )
     return output
 
 
 @functools.cache
 def multiplies_bytes() -> bool:
-    """Returns whether "native" is faster with integers as `for_dots` has them.
+    """Returns whether "native" multiplies with integers as `for_dots` has them, which is faster.
 
     Raises:
         NativeError: if C code cannot be had here.
     """
     return bool(library(_SOURCE).block_dots())
+
+
+def serves(form: Form) -> bool:
+    """Returns whether "native" multiplies with weights of a form on this machine."""
+    return form not in (Form.DOT8, Form.DOT4) or multiplies_bytes()
 
 
 def why_not_native() -> str | None:
@@ -87,9 +96,12 @@ def why_not_native() -> str | None:
 
 
 @functools.cache
-def _function() -> Callable[..., None]:
-    function: Any = library(_SOURCE).block_linear
+def _functions() -> tuple[Callable[..., int], Callable[..., None]]:
+    """Returns `block_linear_room` and `block_linear` of the C code."""
+    loaded: Any = library(_SOURCE)
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    function.argtypes = [number, *[pointer] * 4, number, size, size, number]
-    function.restype = None
-    return function  # type: ignore[no-any-return]
+    loaded.block_linear_room.argtypes = [number, number, size]
+    loaded.block_linear_room.restype = size
+    loaded.block_linear.argtypes = [number, *[pointer] * 4, number, size, size, number, pointer]
+    loaded.block_linear.restype = None
+    return loaded.block_linear_room, loaded.block_linear

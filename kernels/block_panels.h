@@ -4,12 +4,12 @@
  * read from front to back. A block is 32 x 32 numbers, inputs slow and outputs fast, in one of the
  * forms of `enum form`; what precedes them are the block's scales, one for each output. For few rows
  * its numbers are decoded in registers, for more into the first level cache, where all rows are
- * multiplied with them; meanwhile what comes `AHEAD` bytes later is fetched. Results are float32, and
- * so are all products and sums.
+ * multiplied with them; meanwhile what comes `AHEAD` bytes later is fetched. Products and sums are
+ * float32, but where a processor multiplies bytes: there integers are summed as integers
+ * (`byte_dots.h`). Results are float32.
  *
- * Every output is one chain of sums in the order of the inputs. So a row's results are the same
- * bits whatever other rows it is multiplied with. Where processors can, integers are multiplied as
- * bytes (`byte_dots.h`), with results that depend on nothing else either.
+ * Every output is one chain of sums in the order of the inputs, or of blocks of them. So a row's
+ * results are the same bits whatever other rows it is multiplied with.
  */
 #pragma once
 #include <omp.h>
@@ -319,10 +319,11 @@ static void panel_of_dots(enum form form, const struct product *p, const struct 
 }
 #endif
 
-/* Returns how many float32 numbers the digits of some rows take that a product is given. */
-static inline int64_t room_of_digits(const struct product *p, int64_t rows) {
+/* Returns how many float32 numbers the digits of some rows may take, whatever the form of what they
+ * are multiplied with: layers of unlike forms share their room. */
+static inline int64_t room_of_digits(int64_t rows, int64_t inputs) {
     const int64_t each = sizeof(struct digits) / sizeof(float);
-    return p->form >= DOT8 ? rows * (p->inputs / INPUTS) * each : 0;
+    return DOTS ? rows * (inputs / INPUTS) * each : 0;
 }
 
 /* Writes the digits of `count` inputs of a row from `first` on, whole blocks, if they are wanted. */

@@ -4,8 +4,11 @@
  * integers need not become floats. An input is written as a multiple of a step, in three signed
  * bytes: x = step * (65536 b0 + 256 b1 + b2), with a step for each block of a row, 2**-23 of its
  * largest input. The block's three sums of bytes times integers are exact; joined, they are
- * rounded to float32 and scaled. So a product errs by no more than one of float32 numbers that is
- * summed in float32, and costs less: the rows' bytes are made once, for all outputs.
+ * rounded to float32 and scaled. The rows' bytes are made once, for all outputs.
+ *
+ * An input errs by half a step, so a block's sum by 2**-24 of its largest input times the sum of its
+ * weights' sizes: what rounding costs a float32 sum in which that input has its part. On the weights
+ * and inputs of a language model that is less than float32 sums err by.
  *
  * Included by `block_panels.h`, whose vectors and blocks these are.
  */
@@ -31,10 +34,10 @@ struct digits {
 };
 
 #if DOTS
-typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+typedef int8_t byte_lanes __attribute__((vector_size(LANES), aligned(1)));
 
 static const float LARGEST = 8355000.0f; /* less than 127 * (65536 + 256 + 1): a byte each */
-static const float LEAST = 1e-30f;       /* an input below it counts as zero */
+static const float LEAST = 1e-30f;       /* blocks of smaller inputs count as zeros */
 
 #if defined(__AVX512F__)
 ALWAYS words rounded(vec x) { return (words)_mm512_cvtps_epi32((__m512)x); }
@@ -63,8 +66,8 @@ static void write_digits(const float *x, int64_t inputs, int64_t next, struct di
             sizes = (own_sizes & more) | (sizes & ~more);
         }
         union { int32_t bits; float number; } most = {largest_of(sizes)};
-        const int finite = most.bits < 0x7f800000; /* else it spreads */
-        const float size = finite && most.number > LEAST ? LARGEST / most.number : 0;
+        /* beside what is infinite or no number digits are 0, and times that step no number */
+        const float size = most.number > LEAST ? LARGEST / most.number : 0;
         words sums[DIGITS] = {{0}, {0}, {0}};
         for (int n = 0; n < INPUTS; n += LANES) {
             words left = rounded(*(const vec *)(x + n) * size);
@@ -72,11 +75,11 @@ static void write_digits(const float *x, int64_t inputs, int64_t next, struct di
                 const words digit = left << 24 >> 24;
                 left = (left - digit) >> 8;
                 sums[i] += digit;
-                *(bytes *)(own->bytes[i] + n) = __builtin_convertvector(digit, bytes);
+                *(byte_lanes *)(own->bytes[i] + n) = __builtin_convertvector(digit, byte_lanes);
             }
         }
         for (int i = 0; i < DIGITS; i++) own->totals[i] = sum_of(sums[i]);
-        own->step = finite ? most.number / LARGEST : __builtin_nanf("");
+        own->step = most.number / LARGEST;
         own->total =
             (own->totals[0] * 65536.0f + own->totals[1] * 256.0f + own->totals[2]) * own->step;
     }
@@ -103,7 +106,7 @@ ALWAYS void add_dots(const int four_bits, const uint8_t *block, int64_t ahead,
             for (int v = 0; v < SIDE; v++) {
                 const uint8_t *at = integers + 4 * (j * OUTPUTS + n + v * LANES);
                 const words all = *(const words *)at;
-                if (v * LANES % 16 == 0) __builtin_prefetch(at + ahead); /* 64 bytes */
+                if ((n + v * LANES) % 16 == 0) __builtin_prefetch(at + ahead); /* 64 bytes */
                 if (four_bits) {
                     w[2 * j][v] = all & 0x0f0f0f0f;
                     w[2 * j + 1][v] = all >> 4 & 0x0f0f0f0f;
@@ -126,7 +129,7 @@ ALWAYS void add_dots(const int four_bits, const uint8_t *block, int64_t ahead,
                 all += __builtin_convertvector(sum[1][v], vec) * 256.0f;
                 all += __builtin_convertvector(sum[0][v], vec) * 65536.0f;
                 float *own = sums + r * OUTPUTS + n + v * LANES;
-                all = *(vec *)own + all * (by[v] * x[r].step);
+                all = *(vec *)own + all * x[r].step * by[v]; /* a step of a scale may be tiny */
                 *(vec *)own = four_bits ? all + low[v] * x[r].total : all;
             }
         }

@@ -51,11 +51,10 @@ static int64_t rows_of(const struct pass *p) { return p->batch * p->nodes; }
 static int64_t entries_of_mask(const struct pass *p) { return rows_of(p) * p->visible; }
 
 /* Returns the numbers of `room` that `decoder` needs. */
-int64_t decoder_room(const struct layer *l, const struct ends *ends, const struct pass *p,
-                     const struct nodes *n) {
+int64_t decoder_room(const struct layer *l, const struct pass *p, const struct nodes *n) {
     const int64_t rows = 3 * rows_of(p) * l->joined.inputs;
     const int64_t selected = 2 * p->threads * p->batch * n->count * n->top_k; /* of 64 bits */
-    const int64_t digits = ends->head ? room_of_digits(ends->head, p->batch * n->count) : 0;
+    const int64_t digits = room_of_digits(p->batch * n->count, l->joined.inputs);
     return selected + rows + digits + entries_of_mask(p) + decoder_layers_room(l, p);
 }
 
@@ -79,9 +78,9 @@ static void write_mask(const struct pass *p, const struct nodes *n, float *mask)
     }
 }
 
-/* Writes y [batch, count, outputs of the head], or [batch, count, hidden] without a head, the
- * largest of a head's outputs, and each layer's keys and values. Returns 0, or NO_TOKEN where one is not in the vocabulary, or NO_ANGLES
- * where there are none for a position. */
+/* Writes y [batch, count, outputs of the head], or [batch, count, hidden] without a head; the
+ * largest of a head's outputs; and each layer's keys and values. Returns 0, or NO_TOKEN where one is
+ * not in the vocabulary, or NO_ANGLES where there are none for a position. */
 int decoder(const struct layer *layers, int64_t num_layers, const struct ends *ends,
             const struct pass *pass, const struct nodes *n, float *y, float *const *keys,
             float *const *values, float *room) {
@@ -91,7 +90,7 @@ int decoder(const struct layer *layers, int64_t num_layers, const struct ends *e
     float *x = room + 2 * p.threads * wanted * n->top_k; /* behind what is selected */
     float *out = x + rows * hidden, *normed = out + rows * hidden;
     struct digits *digits = (struct digits *)(normed + rows * hidden);
-    float *mask = (float *)digits + (ends->head ? room_of_digits(ends->head, wanted) : 0);
+    float *mask = (float *)digits + room_of_digits(wanted, hidden);
     float *rest = mask + entries_of_mask(&p);
     for (int64_t row = 0; row < rows; row++) {
         const int64_t token = n->tokens[row];
@@ -111,19 +110,19 @@ int decoder(const struct layer *layers, int64_t num_layers, const struct ends *e
     }
     decoder_layers(layers, num_layers, &p, x, out, keys, values, rest);
     if (!ends->head) normed = y;
-    for (int64_t row = 0; row < p.batch; row++)
-        for (int64_t i = 0; i < n->count; i++) {
-            const int64_t node = n->wanted ? n->wanted[i] : i, place = row * n->count + i;
-            norm_row(out + (row * p.nodes + node) * hidden, ends->norm, normed + place * hidden,
-                     hidden, ends->eps, ends->offset);
-            if (ends->head)
-                prepare(ends->head, normed + place * hidden, 0, hidden, place, wanted, digits);
-        }
-    if (ends->head)
 #pragma omp parallel num_threads(p.threads)
     {
-        multiply_shared(ends->head, normed, digits, 0, y, (int)wanted);
-        if (n->top_k) /* while each thread has what it wrote in its caches */
+#pragma omp for schedule(static)
+        for (int64_t place = 0; place < wanted; place++) {
+            const int64_t row = place / n->count, i = place % n->count;
+            const int64_t node = n->wanted ? n->wanted[i] : i;
+            float *own = normed + place * hidden;
+            norm_row(out + (row * p.nodes + node) * hidden, ends->norm, own, hidden, ends->eps,
+                     ends->offset);
+            if (ends->head) prepare(ends->head, own, 0, hidden, place, wanted, digits);
+        }
+        if (ends->head) multiply_shared(ends->head, normed, digits, 0, y, (int)wanted);
+        if (ends->head && n->top_k) /* while each thread has what it wrote in its caches */
             top_k_shared(y, wanted, ends->head->outputs, (int)n->top_k, n->top_logits, n->top_ids,
                          (int64_t *)room);
     }

@@ -121,7 +121,7 @@ class Decoder:
             top_k=call.top_k,
         )
         room, run = _functions()
-        size = room(self.layers.structs, self._structs, shared, asked)
+        size = room(self.layers.structs, shared, asked)
         work = torch.empty(size, dtype=torch.float32)
         failed = run(
             self.layers.structs,
@@ -198,7 +198,7 @@ def _functions() -> tuple[Any, Any]:
     loaded: Any = library(SOURCE)
     layers, shared = ctypes.POINTER(LayerStruct), ctypes.POINTER(PassStruct)
     ends, nodes = ctypes.POINTER(EndsStruct), ctypes.POINTER(NodesStruct)
-    loaded.decoder_room.argtypes = [layers, ends, shared, nodes]
+    loaded.decoder_room.argtypes = [layers, shared, nodes]
     loaded.decoder_room.restype = ctypes.c_int64
     rest = [ctypes.c_void_p] * 4
     loaded.decoder.argtypes = [layers, ctypes.c_int64, ends, shared, nodes, *rest]

@@ -240,8 +240,9 @@ static int64_t room_of(const struct layer *l, const struct pass *p) {
     const int64_t rows = p->batch * p->nodes, hidden = l->joined.inputs;
     const int64_t line =
         l->joined.outputs + l->output.inputs + l->gates.outputs + l->down.inputs;
-    const int64_t digits = room_of_digits(&l->joined, rows) + room_of_digits(&l->output, rows) +
-                           room_of_digits(&l->gates, rows) + room_of_digits(&l->down, rows);
+    const int64_t digits = 2 * room_of_digits(rows, hidden) +
+                           room_of_digits(rows, l->output.inputs) +
+                           room_of_digits(rows, l->down.inputs);
     return rows * (2 * hidden + line) + digits + (int64_t)p->threads * room_of_scores(p);
 }
 
@@ -262,10 +263,10 @@ static void run_layer(const struct layer *l, const struct pass *p, const float *
     float *attended = joined + rows * line, *gates = attended + rows * l->output.inputs;
     float *products = gates + rows * l->gates.outputs, *at = products + rows * inner;
     struct digits *of_joined = (struct digits *)at, *of_output, *of_gates, *of_down;
-    of_output = (struct digits *)(at += room_of_digits(&l->joined, rows));
-    of_gates = (struct digits *)(at += room_of_digits(&l->output, rows));
-    of_down = (struct digits *)(at += room_of_digits(&l->gates, rows));
-    float *all_scores = at + room_of_digits(&l->down, rows);
+    of_output = (struct digits *)(at += room_of_digits(rows, hidden));
+    of_gates = (struct digits *)(at += room_of_digits(rows, l->output.inputs));
+    of_down = (struct digits *)(at += room_of_digits(rows, hidden));
+    float *all_scores = at + room_of_digits(rows, inner);
 #pragma omp parallel num_threads(p->threads)
     {
 #define SHARED_OUT(i, count) \

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec.kernels.block_linear import MOST_ROWS
+from specdec.kernels.block_linear import MOST_ROWS, serves
 from specdec.kernels.decoder_reference import layers_reference
 from specdec.kernels.layer_parts import LayerCall, LayerParts, Product
 from specdec.kernels.layer_structs import LayerStruct, PassStruct, layer_structs
@@ -194,10 +194,10 @@ def _check_call(layers: Sequence[LayerParts], call: LayerCall) -> None:
 
 
 def fits_product(product: Product, num_inputs: int) -> bool:
-    """Returns whether a product is of so many inputs, and its bias one that C code can read."""
+    """Returns whether a product is of so many inputs, and weight and bias such as C code reads."""
     weight, bias = product
     plain = bias is None or _is_plain(bias, (weight.num_outputs,))
-    return weight.num_inputs == num_inputs and plain
+    return weight.num_inputs == num_inputs and plain and serves(weight.form)
 
 
 def _is_plain(tensor: Tensor, shape: tuple[int, ...]) -> bool:

@@ -162,7 +162,7 @@ class DecoderCall(NamedTuple):
         starts: B slots, of each row's first node of the N; the others stand behind it.
         visible: slots that are looked at.
         keep: ``[K]`` int64, which of the N results are wanted; None for all.
-        top_k: how many of the largest logits of each are looked for, up to V'; needs a head.
+        top_k: how many of the largest logits of each are looked for, up to `Decoder.most_selected`.
     """
 
     tokens: Tensor

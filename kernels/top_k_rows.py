@@ -14,7 +14,7 @@ from torch import Tensor
 from specdec.kernels.native import library, why_not
 
 _BLOCK = 64
-MOST_NATIVE = 64  # a list that is kept sorted by insertion
+MOST_NATIVE = 64  # a list that is kept sorted by insertion; MOST_SELECTED in top_k.h
 MOST_OF_TRITON = 64  # k of `top_k_triton`, which holds all blocks' candidates in registers
 _SOURCE = Path(__file__).with_suffix(".c")
 

@@ -2,8 +2,8 @@
 
 Checkpoints are seldom made of arbitrary float32 numbers. Most were bfloat16 before they were loaded
 as float32; those from a quantised file are small integers times a scale. Such weights are kept as
-what they are: decoding gives the same float32 numbers, bit for bit, so products do not change, and
-a pass reads a half to a sixth of the memory. `block_panels.h` has the layout.
+what they are: decoding gives the same float32 numbers, bit for bit, and a pass reads a half to a
+sixth of the memory. `block_panels.h` has the layout.
 """
 
 from __future__ import annotations

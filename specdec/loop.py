@@ -191,8 +191,8 @@ class DecodeLoop:
         top_k = drafter.needs.node_top_k if drafter is not None and learns else 0
         with self._stats.timed("target"):
             upcoming = self._parts.budget.drafts_next(len(active))
-            # a greedy choice is the likeliest token
-            select = max(top_k, int(self._call.greedy))
+            # a greedy choice is the likeliest token, where nothing changes the logits
+            select = max(top_k, int(self._call.greedy and not self._call.processors))
             scores = self._target.score(trees, probes=upcoming, top_k=select)
             self._stats.target_passes += 1
         all_logits = scores.of(trees)

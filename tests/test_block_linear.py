@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from specdec.kernels import block_linear as module
 from specdec.kernels import native
 from specdec.kernels.block_linear import (
     MOST_ROWS,
@@ -15,6 +18,8 @@ from specdec.kernels.block_linear import (
     multiplies_bytes,
     why_not_native,
 )
+from specdec.kernels.decoder_layer import fits_product
+from specdec.kernels.layer_parts import Product
 from specdec.kernels.native import NativeError, library
 from specdec.kernels.weight_blocks import Form, to_blocks
 
@@ -43,7 +48,8 @@ def weight_of(form: Form, outputs: int, inputs: int) -> Tensor:
         low = -127 if form == Form.INT8 else 0
         integers = torch.randint(low, largest + 1, weight.shape, generator=generator).float()
         integers[:, ::32], integers[:, 1::32] = largest, low
-        scale = torch.rand(outputs, inputs // 32, 2, generator=generator).half().float()
+        scale = 0.25 + 0.75 * torch.rand(outputs, inputs // 32, 2, generator=generator)
+        scale = scale.half().float()
         scale = scale.repeat_interleave(32, dim=1)
         return integers * scale[..., 0] + (scale[..., 1] if form == Form.INT4 else 0)
     return weight
@@ -125,11 +131,48 @@ def test_inputs_at_the_ends(form: Form, special: float) -> None:
         assert not torch.isfinite(got[1]).any()
 
 
+@needs_dots
+@pytest.mark.parametrize("form", list(DOTS))
+def test_small_inputs_have_their_digits(form: Form) -> None:
+    """Also where a step times a scale would be no normal number any more."""
+    weight = weight_of(form, 40, 64) * 2.0**-10
+    x = 1e-30 * (1.1 + torch.rand(3, 64))
+    got = block_linear(x, to_blocks(weight, form))
+    bound = TOLERANCE * (x.double().abs() @ weight.double().abs().T)
+    assert ((got - x.double() @ weight.double().T).abs() <= bound).all()
+
+
 @needs_compiler
 def test_a_form_of_other_machines_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specdec.kernels.block_linear.multiplies_bytes", lambda: False)
+    blocks = to_blocks(weight_of(Form.INT4, 32, 64), Form.DOT4)
     with pytest.raises(ValueError, match="no products of bytes, which DOT4 is for"):
-        block_linear(torch.ones(1, 64), to_blocks(weight_of(Form.INT4, 32, 64), Form.DOT4))
+        block_linear(torch.ones(1, 64), blocks)
+    assert not fits_product(Product(blocks), 64)
+    assert fits_product(Product(to_blocks(weight_of(Form.INT4, 32, 64))), 64)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+@pytest.mark.parametrize(
+    ("without", "dots"), [("-mno-avx512f", None), ("-mno-avx512f -mno-avxvnni", 0)]
+)
+def test_code_for_other_processors(
+    without: str, dots: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors of 256 bits, with products of bytes where this one has them, and without."""
+    monkeypatch.setenv("CC", f"{os.environ.get('CC', 'cc')} {without}")
+    try:
+        loaded = library(SOURCE, tmp_path)
+    except NativeError as error:
+        pytest.skip(f"a compiler of other flags: {error}")
+    assert dots is None or loaded.block_dots() == dots
+    monkeypatch.setattr(module, "library", lambda _: loaded)
+    monkeypatch.setattr(module, "_functions", module._functions.__wrapped__)
+    monkeypatch.setattr(module, "multiplies_bytes", lambda: bool(loaded.block_dots()))
+    for form in Form if loaded.block_dots() else [form for form in Form if form not in DOTS]:
+        test_products("native", form, 65, 224, 13)
+        test_a_row_does_not_depend_on_the_others(form)
 
 
 @needs_compiler

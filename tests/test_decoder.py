@@ -6,29 +6,42 @@ from typing import Any
 
 import pytest
 import torch
-from test_decoder_layer import assert_alike, parts_of, results
+from test_block_linear import needs_dots, weight_of
+from test_decoder_layer import TOLERANCE, assert_alike, parts_of, results
+from torch import Tensor
 
 from specdec.kernels.decoder import Decoder
 from specdec.kernels.decoder_layer import why_not_native
 from specdec.kernels.layer_parts import DecoderCall, Ends, LayerCaches, Norm, Product
 from specdec.kernels.tree_mask import ancestor_matrices
-from specdec.kernels.weight_blocks import to_blocks
+from specdec.kernels.weight_blocks import Form, to_blocks
 
 pytestmark = pytest.mark.skipif(
     why_not_native() is not None, reason=f"no native code: {why_not_native()}"
 )
 HIDDEN, VOCABULARY, WIDTH, HEADS, LAYERS = 48, 70, 32, 2, 3
+MIXED = [Form.BFLOAT16, Form.DOT4, Form.DOT8]  # of layers one behind the other
 
 
-def decoder(*, head: bool = True, outputs: int = VOCABULARY) -> Decoder:
+def decoder(
+    *, head: bool = True, outputs: int = VOCABULARY, forms: list[Form] | None = None
+) -> Decoder:
+    """Returns one of some layers; those of `forms` are wider, and its head is of the last form."""
     draw = torch.Generator().manual_seed(1)
+    hidden, sizes = HIDDEN, {}
+    if forms:
+        hidden, sizes = 64, {"hidden": 64, "inner": 96}
     own = None
     if head:
-        weight = torch.randn(outputs, HIDDEN, generator=draw) * HIDDEN**-0.5
-        own = Product(to_blocks(weight), torch.randn(outputs, generator=draw))
-    norm = Norm(1 + 0.3 * torch.randn(HIDDEN, generator=draw), 1e-5, 1.0)
-    embedding = torch.randn(VOCABULARY, HIDDEN, generator=draw)
-    return Decoder([parts_of(seed=i) for i in range(LAYERS)], Ends(embedding, norm, own))
+        weight = torch.randn(outputs, hidden, generator=draw) * hidden**-0.5
+        if forms:
+            weight = weight_of(forms[-1], outputs, hidden) * 2.0**-4
+        blocks = to_blocks(weight, forms[-1] if forms else None)
+        own = Product(blocks, torch.randn(outputs, generator=draw))
+    norm = Norm(1 + 0.3 * torch.randn(hidden, generator=draw), 1e-5, 1.0)
+    embedding = torch.randn(VOCABULARY, hidden, generator=draw)
+    layers = [parts_of(seed=i, form=f, **sizes) for i, f in enumerate(forms or [None] * LAYERS)]
+    return Decoder(layers, Ends(embedding, norm, own))
 
 
 def call_of(
@@ -95,10 +108,36 @@ def test_many_rows() -> None:
     assert_alike(decoder(), call_of([5], [list(range(-1, 127))]))
 
 
+@needs_dots
+@pytest.mark.parametrize("forms", [MIXED, MIXED[::-1], [Form.DOT4] * 3, [Form.DOT8] * 3], ids=str)
+@pytest.mark.parametrize("keep", [None, [1, 4]])
+def test_layers_and_heads_of_integers(
+    forms: list[Form], keep: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written behind the room that the C code asked for."""
+    own, call = decoder(forms=forms), call_of([4, 9, 2], [BUSH, CHAIN, BUSH], keep=keep)
+    empty, rooms = torch.empty, []
+
+    def guarded(*size: Any, **options: Any) -> Tensor:
+        if len(size) > 1 or not isinstance(size[0], int):
+            return empty(*size, **options)
+        rooms.append(torch.full((size[0] + 4096,), 7.0))
+        return rooms[-1][: size[0]]
+
+    monkeypatch.setattr("specdec.kernels.decoder.torch.empty", guarded)
+    got = results(own, call, "native")
+    monkeypatch.undo()
+    assert [bool((room[-4096:] == 7.0).all()) for room in rooms] == [True]
+    expected = results(own, call, "reference")
+    for mine, theirs in zip(got, expected, strict=True):
+        assert float((mine - theirs).abs().max()) <= TOLERANCE * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("forms", [None, pytest.param(MIXED, marks=needs_dots)])
 @pytest.mark.parametrize("length", [0, 1, 2, 5, 9, 40])
-def test_a_nodes_bits_are_its_own(length: int) -> None:
+def test_a_nodes_bits_are_its_own(length: int, forms: list[Form] | None) -> None:
     """Those of its path alone, token by token, also in a batch whose slots it does not see."""
-    own, path = decoder(), [0, 1, 3]
+    own, path = decoder(forms=forms), [0, 1, 3]
     call = call_of([length, length + 4], [BUSH, BUSH])
     for strange in (*call.caches.keys, *call.caches.values):
         strange[0, :, length:] *= 1e4  # of earlier steps
@@ -138,11 +177,32 @@ def test_the_largest_logits_of_every_node(outputs: int, top_k: int, threads: int
     expected = torch.sort(logits, dim=-1, descending=True, stable=True)
     assert torch.equal(top.logits, expected.values[..., :top_k])
     assert torch.equal(top.ids, expected.indices[..., :top_k])
-    for row, (ids, own) in enumerate(top.rows):
+    for row, (ids, logits_of_row) in enumerate(top.rows):
         assert torch.equal(ids, top.ids[row])
         assert top.choices(row, 2) == list(
-            zip(ids[:2, 0].tolist(), own[:2, 0].tolist(), strict=True)
+            zip(ids[:2, 0].tolist(), logits_of_row[:2, 0].tolist(), strict=True)
         )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_ties_on_both_sides_of_a_share(threads: int) -> None:
+    """Few distinct logits: parts of the vocabulary and the k-th place cut through equals."""
+    own = decoder()
+    head = own.ends.head
+    assert head is not None
+    bias = torch.randint(4, (VOCABULARY,), generator=torch.Generator().manual_seed(2)).float()
+    same = Product(to_blocks(torch.zeros(VOCABULARY, HIDDEN)), bias)
+    own = Decoder(own.layers.layers, own.ends._replace(head=same))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for top_k in (1, 5, 20, 64):
+            top = own.run(call_of([4], [BUSH])._replace(top_k=top_k)).top
+            assert top is not None
+            expected = torch.sort(bias, descending=True, stable=True).indices[:top_k].tolist()
+            assert top.ids.tolist() == [[expected] * len(BUSH)]
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("impl", ["reference", "native"])

@@ -17,6 +17,8 @@ from specdec.backend.model import TreeModel
 from specdec.backend.probe import probed
 from specdec.drafters import EarlyExit
 from specdec.kernels.decoder_layer import why_not_native
+from specdec.top_tokens import top_tokens
+from specdec.trees.tree import DraftTree
 
 pytestmark = [
     pytest.mark.skipif(why_not_native() is not None, reason=f"no native code: {why_not_native()}"),
@@ -56,6 +58,52 @@ def one_token(backend: TreeModel) -> Tensor:
         return backend.forward(
             cache, tiny.ids([5]), torch.tensor([[0]]), torch.ones(1, 1, 1).bool()
         )
+
+
+def test_the_likeliest_tokens_come_with_the_pass() -> None:
+    """Of trees of unlike sizes, each its own; none where there are fewer logits than are wanted."""
+    backend = backend_of()
+    trees = [
+        DraftTree.from_lists(list(range(5, 5 + size)), [-1, *range(size - 1)]) for size in (1, 4, 7)
+    ]
+    cache = backend.new_cache(3, 16)
+    own = target.TargetModel(backend, cache)
+    with torch.no_grad():
+        own.prefill([tiny.prompt(n, seed=n) for n in (3, 6, 4)])
+        for top_k in (1, 5, 64):
+            scores = own.score(trees, top_k=top_k)
+            assert scores.decoded.top is not None
+            expected = top_tokens(scores.of(trees), top_k)
+            for mine, theirs in zip(scores.top_tokens(trees, 0), expected, strict=True):
+                assert mine is not None
+                assert torch.equal(mine.ids, theirs.ids)
+                assert torch.equal(mine.logits, theirs.logits)
+                assert mine.choices == theirs.choices
+        scores = own.score(trees, top_k=65)
+        assert scores.decoded.top is None
+        assert scores.top_tokens(trees, 0) == [None] * 3
+        assert [len(top.ids) for top in scores.top_tokens(trees, 5) if top] == [1, 4, 7]
+
+
+@pytest.mark.parametrize("drafter", [None, "trigram"])
+def test_nothing_is_selected_behind_a_greedy_pass(
+    drafter: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = SpeculativeGenerator(
+        tiny.make_model("llama", **WIDE), drafter=drafter, packed_weights="blocks"
+    )
+    prompt, arguments = tiny.ids(tiny.prompt(8)), {"max_new_tokens": 12, "do_sample": False}
+    expected = generator.generate(prompt, **arguments)
+
+    def unwanted(*_: Any) -> None:
+        raise AssertionError("selected twice")
+
+    steps = generator.trace(prompt, **arguments)
+    next(steps)  # of the prompt, which takes its argmax by itself
+    monkeypatch.setattr("specdec.target.top_tokens", unwanted)
+    monkeypatch.setattr("specdec.drafters.scored_nodes.top_tokens", unwanted)
+    monkeypatch.setattr("specdec.sampling.argmax_row", unwanted)
+    assert [token for step in steps for token in step.tokens] == expected[0, 9:].tolist()
 
 
 @pytest.mark.parametrize("family", SERVED)

@@ -1330,4 +1330,7 @@ def test_gradients_are_neither_made_nor_switched_off(model: Any) -> None:
     assert torch.is_grad_enabled()
     stream.close()
     assert torch.is_grad_enabled()
+    for step in generator.trace(tiny.ids(PROMPT), max_new_tokens=6):
+        assert not step.logits.requires_grad
+        assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())

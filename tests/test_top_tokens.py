@@ -18,6 +18,21 @@ from specdec.types import StepOutcome, TopTokens
 CHAIN = DraftTree.from_lists([4, 5, 6], [-1, 0, 1])
 
 
+def test_a_prefix_is_what_was_committed_however_late_it_is_asked_for() -> None:
+    """Paths that were looked at and rejected leave nothing behind; the buffer grows meanwhile."""
+    prefix, text = Prefix([1, 2, 4], torch.device("cpu")), [1, 2, 4]
+    for count, path in ((1, [9, 8]), (70, []), (2, [7] * 200), (0, [6]), (300, [5])):
+        tokens = list(range(count))
+        prefix.extend(tokens)
+        text += tokens
+        assert prefix.length == len(text)
+        assert prefix.followed_by(path).tolist() == [text + path]
+        prefix.extend([3])
+        text += [3]
+        assert prefix.ids().tolist() == [text]
+        assert prefix.followed_by(()).tolist() == [text]
+
+
 def law(logits: torch.Tensor, top: TopTokens | None) -> ProcessedLaw:
     prefix = Prefix([1, 2, 4], logits.device)
     return ProcessedLaw(
