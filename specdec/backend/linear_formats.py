@@ -1,7 +1,8 @@
 """Weight layouts in which a CPU multiplies few rows faster than `torch.nn.functional.linear`.
 
-Each gives float32 results that err no more than those of `linear`; they differ from it as other
-orders of its sums do.
+Each gives float32 results of float32 arithmetic, which differ from `linear` in the order of sums;
+integers are summed as integers where a processor multiplies bytes, by inputs that are rounded to
+2**-24 of the largest of their 32 neighbours (`kernels/byte_dots.h`).
 """
 
 from __future__ import annotations
