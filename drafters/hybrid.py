@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.mixed_law import MixedLaw, Trust
+from specdec.drafters.native_drafter import NativeDrafter, NativeSource, has_native
 from specdec.errors import ConfigError, StateError
 from specdec.kernels.drafting import MOST_MIXED
 from specdec.trees.native_law import NativeLaw
@@ -85,6 +86,17 @@ class Hybrid(LearningDrafter):
         law = self._trust.law([source.law(context) for source in self.sources])
         self._laws[context.row] = law
         return law
+
+    def native(self, context: DraftContext) -> NativeDrafter | None:
+        """See `specdec.drafters.native_drafter.HasNative`; all sources must be in C."""
+        own: list[NativeSource] = []
+        for source in self.sources:
+            native = source.native(context) if has_native(source) else None
+            if native is None:
+                return None
+            own += native.sources
+        self._laws.pop(context.row, None)
+        return NativeDrafter(own, self._trust.native)
 
     def expand(self, requests: Sequence[tuple[DraftLaw, Sequence[int]]]) -> list[LawRows]:
         """Asks each source for all rows at once, then mixes."""

@@ -47,12 +47,17 @@ class Trust:
         native = [law for law in laws if isinstance(law, NativeLaw)]
         listed = [law for law in laws if is_listed(law)]
         if len(native) == len(laws):
-            if self._native is None:
-                self._native = NativeTrust(self._weights, self._outcomes)
-            return self._native.mixture(native)
+            return self.native.mixture(native)
         if len(listed) == len(laws):
             return ListedMixture(self, listed)
         return MixedLaw(self, laws)
+
+    @property
+    def native(self) -> NativeTrust:
+        """The same weights for C code."""
+        if self._native is None:
+            self._native = NativeTrust(self._weights, self._outcomes)
+        return self._native
 
     def mix(self, rows: Sequence[Guesses]) -> Mixture:
         """Returns the mixture of what the sources guess at one node."""

@@ -17,12 +17,15 @@ class NativeTrust:
     Args:
         weights: ``[classes, ..., n]`` float64 of n laws, written to by `NativeLaw.learn`.
         outcomes: ``[classes, ...]`` float64, written to.
+
+    Attributes:
+        struct: both, for C code.
     """
 
     def __init__(self, weights: np.ndarray, outcomes: np.ndarray) -> None:
         self._kept = weights, outcomes
-        self._struct = TrustStruct(weights.ctypes.data, outcomes.ctypes.data)
-        self._at = ctypes.addressof(self._struct)
+        self.struct = TrustStruct(weights.ctypes.data, outcomes.ctypes.data)
+        self._at = ctypes.addressof(self.struct)
         self._pointers = ctypes.c_void_p * weights.shape[-1]
 
     def mixture(self, laws: Sequence[NativeLaw]) -> NativeLaw:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from specdec.drafters.native_automaton import NativeAutomaton
+from specdec.drafters.native_drafter import NativeSource
 from specdec.drafters.suffix_calibration import LENGTH_BUCKETS, SHARE_BUCKETS, SuffixCalibration
 from specdec.drafters.suffix_law import Match, Source
 from specdec.kernels.drafting import MOST_SUCCESSORS, FoundStruct, SuffixPartsStruct, functions
+from specdec.kernels.step_structs import SUFFIXES
 from specdec.trees.native_law import NativeLaw
 
 _MOST_CONTEXTS = 1024  # of a node; ordinary text has fewer than ten
@@ -55,11 +57,40 @@ class NativeSuffixLaws:
 
     def law(self, matches: Sequence[Match], common: Common) -> NativeLaw:
         """See `specdec.drafters.suffix_law.LawMaker.law`."""
+        self._ask(matches, common)
+        return NativeLaw(functions().suffix_law(self._at), self._kept, common)
+
+    def _ask(self, matches: Sequence[Match], common: Common) -> None:
         parts = self._parts
         for place, match in enumerate(matches):
             parts.matches[place] = match
         parts.common, parts.num_common = ctypes.addressof(common.found), common.num
-        return NativeLaw(functions().suffix_law(self._at), self._kept, common)
+
+    def source(
+        self,
+        matches: Sequence[Match],
+        common: Common,
+        common_until: int,
+        came: Callable[[Sequence[int], list[Match], Common, int], None],
+    ) -> NativeSource:
+        """Returns the automata as C code asks them in several steps; this text's grows by these.
+
+        Args:
+            matches: the longest ones.
+            common: the commonest tokens.
+            common_until: tokens of this text, from which on these are to be ranked anew.
+            came: told afterwards the tokens that became text, and then what the others are.
+        """
+        parts = self._parts
+        self._ask(matches, common)
+        ranked = type(common.found).from_buffer_copy(common.found)  # C code writes there
+        parts.common = ctypes.addressof(ranked)
+
+        def went_on(until: int, tokens: Sequence[int]) -> None:
+            longest = [(match.state, match.length) for match in parts.matches[: len(matches)]]
+            came(tokens, longest, Common(ranked, parts.num_common), until)
+
+        return NativeSource(SUFFIXES, self._at, common_until, went_on, (self, ranked))
 
     def commonest(self) -> Common:
         """See `specdec.drafters.suffix_law.LawMaker.commonest`."""

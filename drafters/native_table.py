@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
 from specdec.drafters.calibration import BUCKETS, Calibration
+from specdec.drafters.native_drafter import NativeSource
 from specdec.drafters.scored_nodes import ScoredNodes
 from specdec.kernels.drafting import SeenStruct, TableStruct, functions
+from specdec.kernels.step_structs import TABLE
 from specdec.trees.native_law import NativeLaw
 
 
@@ -56,6 +58,15 @@ class NativeTable:
             root: the last token.
         """
         return NativeLaw(functions().table_law(self._at, before, root), self)
+
+    def source(self, write: int, wrote: Callable[[int], None]) -> NativeSource:
+        """Returns the table as C code asks it in several steps.
+
+        Args:
+            write: number of the last write.
+            wrote: told that number afterwards.
+        """
+        return NativeSource(TABLE, self._at, write, lambda number, _: wrote(number), self)
 
     def learn(self, scored: ScoredNodes, firsts: Sequence[int], write: int = 0) -> None:
         """Counts which guesses were right, then stores every node's row.

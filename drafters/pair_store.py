@@ -120,6 +120,15 @@ class PairStore:
         self._writes += 1
         return self._writes
 
+    @property
+    def last_write(self) -> int:
+        """The age of what was written last; others who write to `tables` move it on."""
+        return self._writes
+
+    @last_write.setter
+    def last_write(self, write: int) -> None:
+        self._writes = write
+
     def find(self, firsts: ArrayLike, seconds: ArrayLike) -> StoredRows:
         """Returns what is stored under pairs; the reference of `row`.
 

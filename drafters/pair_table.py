@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.listed_law import NOTHING, ListedLaw, at_most_certain
+from specdec.drafters.native_drafter import NativeSource
 from specdec.drafters.native_table import NativeTable
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.drafters.scored_nodes import ScoredNodes
@@ -53,6 +54,15 @@ class PairTable:
         if self._native is not None:
             return self._native.law(before, root)
         return PairLaw(self, before, root)
+
+    def native(self) -> NativeSource | None:
+        """Returns the table as C code asks it in several steps; None where it is Python's."""
+        if self._native is None:
+            return None
+        return self._native.source(self.store.last_write, self._wrote)
+
+    def _wrote(self, write: int) -> None:
+        self.store.last_write = write
 
     def learn(self, scored: ScoredNodes, firsts: Sequence[int]) -> None:
         """Counts which guesses were right, then stores every node's row.

@@ -9,6 +9,7 @@ import numpy as np
 
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.native_automaton import NativeAutomaton
+from specdec.drafters.native_drafter import NativeDrafter
 from specdec.drafters.native_suffix import NativeSuffixLaws
 from specdec.drafters.suffix_automaton import Automaton, SuffixAutomaton
 from specdec.drafters.suffix_calibration import OWN, STORED, SuffixCalibration
@@ -100,14 +101,27 @@ class Suffix(LearningDrafter):
 
     def law(self, context: DraftContext) -> SuffixLaw | NativeLaw:
         """Returns the law of the text so far; it holds until the row is observed or asked again."""
+        text = self._text_of(context)
+        law: SuffixLaw | NativeLaw = self._laws_of(text).law(text.matches, text.common)
+        text.law = law
+        return law
+
+    def native(self, context: DraftContext) -> NativeDrafter | None:
+        """See `specdec.drafters.native_drafter.HasNative`."""
+        text = self._text_of(context)
+        laws = self._laws_of(text)
+        if not isinstance(laws, NativeSuffixLaws):
+            return None
+        return NativeDrafter([laws.source(text.matches, text.common, text.common_until, text.came)])
+
+    def _text_of(self, context: DraftContext) -> _RowText:
+        """Returns a row's text, all tokens of the context in it."""
         text = self._rows.get(context.row)
         if text is None:
             text = self._rows[context.row] = _RowText((), self._automaton)
         if len(text.tokens) < len(context.tokens) or not text.follows(self._store):
             text.extend(context.tokens[len(text.tokens) :], self._store)
-        law: SuffixLaw | NativeLaw = self._laws_of(text).law(text.matches, text.common)
-        text.law = law
-        return law
+        return text
 
     def _laws_of(self, text: _RowText) -> LawMaker:
         """Returns what makes a text's laws; ranks the commonest tokens anew now and then."""
@@ -240,3 +254,11 @@ class _RowText:
         for place, automaton in enumerate(store.automata):
             stored[place] = automaton.follow(*stored[place], tokens)
         self.matches = [self.own.repeated, *stored]
+
+    def came(
+        self, tokens: Sequence[int], matches: list[Match], common: Any, common_until: int
+    ) -> None:
+        """Takes note of tokens that were indexed elsewhere, and of what there is now."""
+        self.tokens.extend(tokens)
+        self.law = None
+        self.matches, self.common, self.common_until = matches, common, common_until

@@ -10,6 +10,7 @@ from torch import Tensor
 from specdec.drafters.calibration import Calibration
 from specdec.drafters.learning import LearnedState, LearningDrafter
 from specdec.drafters.listed_law import ListedLaw, at_most_certain
+from specdec.drafters.native_drafter import NativeDrafter
 from specdec.drafters.native_table import NativeTable
 from specdec.drafters.pair_store import NO_TOKEN
 from specdec.drafters.scored_nodes import ScoredNodes
@@ -91,6 +92,12 @@ class TokenRecycling(LearningDrafter):
         if self._native is not None:
             return self._native.law(NO_TOKEN, context.tokens[-1])
         return _MatrixLaw(self, context.tokens[-1])
+
+    def native(self, context: DraftContext) -> NativeDrafter | None:
+        """See `specdec.drafters.native_drafter.HasNative`."""
+        if self._native is None:
+            return None
+        return NativeDrafter([self._native.source(0, lambda _: None)])
 
     def guesses(self, token: int) -> Guesses:
         """Returns a token's row: ids, and the estimated chance that each is the next token."""

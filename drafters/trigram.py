@@ -13,6 +13,7 @@ from specdec.drafters.calibration import Calibration
 from specdec.drafters.checkpoint import find_shipped
 from specdec.drafters.counted_rows import counted_rows, triples_of
 from specdec.drafters.learning import LearnedState, LearningDrafter
+from specdec.drafters.native_drafter import NativeDrafter
 from specdec.drafters.pair_store import NO_TOKEN, PairStore
 from specdec.drafters.pair_table import SOURCES, PairTable
 from specdec.drafters.scored_nodes import ScoredNodes
@@ -219,6 +220,11 @@ class Trigram(LearningDrafter):
         before = context.tokens[-2] if len(context.tokens) > 1 else NO_TOKEN
         self._before[context.row] = before
         return self._table.law(before, context.tokens[-1])
+
+    def native(self, context: DraftContext) -> NativeDrafter | None:
+        """See `specdec.drafters.native_drafter.HasNative`."""
+        source = self._table.native()
+        return None if source is None else NativeDrafter([source])
 
     def guesses(self, first: int, second: int) -> Guesses:
         """Returns the guesses behind two tokens, with the estimated chance of each.

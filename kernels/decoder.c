@@ -15,20 +15,6 @@ struct ends {
     float eps, offset;
 };
 
-/* The nodes of a pass: the last ones of a tree, some of which earlier passes may have run. */
-struct nodes {
-    const int64_t *tokens;    /* [batch, nodes] */
-    const int64_t *positions; /* [batch, tree] */
-    const uint8_t *ancestors; /* [batch, nodes, tree]; null if every node sees all slots */
-    const int64_t *wanted;    /* [count], which nodes' results are; null for all */
-    int64_t tree, count;
-    int64_t window; /* nodes see positions less than this behind them; 0: any */
-    int64_t angles; /* there are of positions; 0 where they are the nodes' own */
-    float *top_logits; /* [batch, count, top_k], of what each wanted node's logits are largest at */
-    int64_t *top_ids;  /* as top_logits */
-    int64_t top_k;     /* up to MOST_SELECTED; 0 selects nothing */
-};
-
 /* Returns the numbers of `room` that `decoder_layers` needs, for layers of the shape of l. */
 int64_t decoder_layers_room(const struct layer *l, const struct pass *p) {
     return p->batch * p->nodes * l->joined.inputs + room_of(l, p);

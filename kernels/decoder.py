@@ -39,6 +39,12 @@ class Decoder:
         layers: as `DecoderLayers` takes them.
         ends: float32 on the CPU. Nothing is copied or written to.
 
+    Attributes:
+        layers: as C code reads them.
+        ends: as given.
+        end_structs: these, as C code reads them.
+        width: logits of a node, or without a head what would go into it.
+
     Raises:
         ValueError: if the parts do not fit together.
     """
@@ -55,13 +61,13 @@ class Decoder:
                 f"a decoder takes an embedding [V, {hidden}], a norm [{hidden}] and a head "
                 f"[V', {hidden}], all float32 on the CPU; got {[list(t.shape) for t in tensors]}"
             )
-        self._width = hidden if ends.head is None else ends.head.weight.num_outputs
-        self._structs = ends_struct(ends)
+        self.width = hidden if ends.head is None else ends.head.weight.num_outputs
+        self.end_structs = ends_struct(ends)
 
     @property
     def most_selected(self) -> int:
         """The largest `DecoderCall.top_k`; 0 without a head."""
-        return 0 if self.ends.head is None else min(MOST_NATIVE, self._width)
+        return 0 if self.ends.head is None else min(MOST_NATIVE, self.width)
 
     def run(self, call: DecoderCall, *, impl: str = "native") -> Decoded:
         """Returns logits, or without a head what would go into it; writes the caches.
@@ -106,7 +112,7 @@ class Decoder:
             threads=torch.get_num_threads(),
         )
         top = Selected(batch, count, call.top_k) if call.top_k else None
-        made = Decoded(torch.empty(batch, count, self._width, dtype=torch.float32), top)
+        made = Decoded(torch.empty(batch, count, self.width, dtype=torch.float32), top)
         asked = NodesStruct(
             tokens=tokens.data_ptr(),
             positions=positions.data_ptr(),
@@ -120,13 +126,13 @@ class Decoder:
             top_ids=None if top is None else top.ids.data_ptr(),
             top_k=call.top_k,
         )
-        room, run = _functions()
+        room, run = native_functions()
         size = room(self.layers.structs, shared, asked)
         work = torch.empty(size, dtype=torch.float32)
         failed = run(
             self.layers.structs,
             len(self.layers.layers),
-            self._structs,
+            self.end_structs,
             shared,
             asked,
             made.logits.data_ptr(),
@@ -193,8 +199,12 @@ def _check(parts: LayerParts, num_layers: int, call: DecoderCall) -> None:
 
 
 @functools.cache
-def _functions() -> tuple[Any, Any]:
-    """Returns `decoder_room` and `decoder` of the C code."""
+def native_functions() -> tuple[Any, Any]:
+    """Returns `decoder_room` and `decoder` of the C code.
+
+    Raises:
+        NativeError: if it cannot be had here.
+    """
     loaded: Any = library(SOURCE)
     layers, shared = ctypes.POINTER(LayerStruct), ctypes.POINTER(PassStruct)
     ends, nodes = ctypes.POINTER(EndsStruct), ctypes.POINTER(NodesStruct)

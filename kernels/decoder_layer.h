@@ -7,6 +7,7 @@
  */
 #pragma once
 #include "block_panels.h"
+#include "pass.h"
 #include "rms_norm.h"
 
 enum { TOGETHER = LANES / 4 }; /* nodes that read a slot's key or value at once */
@@ -18,18 +19,6 @@ struct layer {
     const float *query_norm, *key_norm;         /* [width], both or neither */
     float eps, head_eps, offset, head_offset, scale;
     int64_t query_heads, heads, width; /* of a head: a multiple of 32 */
-};
-
-/* What a pass hands to every layer. */
-struct pass {
-    const float *cos, *sin; /* [nodes, width]; those of the next row `angle_stride` on */
-    const int64_t *places;  /* of each node in cos and sin, rows `place_stride` apart; 0: in order */
-    const float *mask;      /* added to scores; nodes lie `mask_line` apart, rows `mask_stride` */
-    const int64_t *starts;  /* [batch], the slot of each row's first node */
-    int64_t batch, nodes, visible; /* slots attended over */
-    int64_t angle_stride, place_stride, mask_stride, mask_line;
-    int64_t row_stride, head_stride; /* of keys and values [batch, heads, slots, width] */
-    int threads;
 };
 
 ALWAYS vec load(const float *x) { return *(const vec *)x; }

@@ -113,3 +113,14 @@ static inline int64_t place_of(int32_t token, const int32_t *tokens, int64_t cou
         if (tokens[i] == token) return i;
     return -1;
 }
+
+/* Counts that tokens came, one behind the other, from the root on. */
+static void learn_along(struct law *law, const int32_t *tokens, int64_t count) {
+    if (!count) return;
+    int32_t *handles = must(malloc(count * sizeof *handles));
+    handles[0] = 0;
+    for (int64_t i = 1; i < count; i++)
+        handles[i] = law->extend(law, handles[i - 1], tokens[i - 1]);
+    law->learn(law, handles, tokens, count);
+    free(handles);
+}

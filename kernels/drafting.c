@@ -52,12 +52,7 @@ struct law *mixed_law(struct law *const *laws, int64_t num, const struct trust *
     return new_mixed_law(laws, num, *trust);
 }
 
-void law_end(struct law *law) {
-    law->end(law);
-    end_tree(law->tree);
-    give_back(law);
-    free(law);
-}
+void law_end(struct law *law) { end_law(law); }
 
 /* Returns whether a law has issued all these handles. */
 static int issued(const struct law *law, const int32_t *handles, int64_t count) {
@@ -105,15 +100,8 @@ int64_t law_learn(struct law *law, const int32_t *handles, const int32_t *tokens
     return 0;
 }
 
-/* Counts that tokens came, one behind the other, from the root on. */
 void law_learn_along(struct law *law, const int32_t *tokens, int64_t count) {
-    if (!count) return;
-    int32_t *handles = must(malloc(count * sizeof *handles));
-    handles[0] = 0;
-    for (int64_t i = 1; i < count; i++)
-        handles[i] = law->extend(law, handles[i - 1], tokens[i - 1]);
-    law->learn(law, handles, tokens, count);
-    free(handles);
+    learn_along(law, tokens, count);
 }
 
 const struct tree *law_grow(struct law *law, const struct plan *plan, int32_t root) {

@@ -11,6 +11,7 @@ enum {
     LENGTHS = 9,
     SHARES = 13,
     CELLS = 2 * LENGTHS * SHARES * 2,
+    STEADY = 32, /* the most tokens for which the ranking of the commonest ones stands */
     OWN_BONUS = 1 /* tokens by which a match in an earlier text must be longer to come first */
 };
 

@@ -71,6 +71,13 @@ static void end_tree(struct tree *tree) {
     free(tree);
 }
 
+static void end_law(struct law *law) {
+    law->end(law);
+    end_tree(law->tree);
+    give_back(law);
+    free(law);
+}
+
 static int32_t add_node(struct tree *tree, int32_t token, int32_t parent, int32_t handle,
                         double chance) {
     const int64_t node = tree->count++;

@@ -18,6 +18,7 @@ from specdec.backend.support import PositionLimit
 from specdec.budget import NodeBudget
 from specdec.call import Call
 from specdec.drafting import Drafting
+from specdec.multi_step import MultiStep
 from specdec.prefill import prefill_order
 from specdec.random import RowStreams
 from specdec.row_copies import row_copies
@@ -102,6 +103,7 @@ class DecodeLoop:
             )
             for index, (item, row_streams) in enumerate(zip(inputs, streams, strict=True))
         ]
+        self._several = MultiStep.of(call, self.rows, parts, target, stats, positions, self._verify)
         # rows in the order of the cache; the active ones come first
         self.places = list(self.rows)
         if not any(target.lengths):
@@ -178,7 +180,11 @@ class DecodeLoop:
         self._retire()
 
     def _step(self, steps: list[Step]) -> None:
+        """Runs a step of the active rows; of a lone one several, where it can."""
         active = list(self._active)
+        if self._several is not None and self._several.run(active[0], steps):
+            self._retire()
+            return
         with self._stats.timed("draft"):
             begin = time.perf_counter()
             context = sum(self._target.lengths) / len(active)

@@ -100,12 +100,14 @@ class Row:
         if len(path) > len(step.path):
             self.commit(step, law, path, step.tree.path_tokens(node))
 
-    def commit(self, step: Step, law: ProcessedLaw, path: list[int], tokens: list[int]) -> None:
+    def commit(
+        self, step: Step, law: ProcessedLaw | None, path: list[int], tokens: list[int]
+    ) -> None:
         """Makes tokens text, those left out that already are.
 
         Args:
             step: grows with every token.
-            law: of the step's tree.
+            law: of the step's tree; None where neither scores nor logits are kept.
             path: the accepted nodes, root not included.
             tokens: those of the path, and behind them the verifier's own where it is known.
 
@@ -124,10 +126,10 @@ class Row:
             if self.done:
                 raise RowEnded
 
-    def _append(self, step: Step, law: ProcessedLaw, node: int, token: int) -> None:
-        if self.keeps_scores:
+    def _append(self, step: Step, law: ProcessedLaw | None, node: int, token: int) -> None:
+        if law is not None and self.keeps_scores:
             self.scores.append(law.scores(node))
-        if self.keeps_logits:
+        if law is not None and self.keeps_logits:
             self.raw_logits.append(law.raw(node))
         self.prefix.extend([token])
         self.tokens.append(token)

@@ -38,6 +38,11 @@ class RowStopper:
             else:
                 self._others.append(criterion)
 
+    @property
+    def asks_others(self) -> bool:
+        """Whether anything but length and end-of-sequence ids can end the row."""
+        return len(self._others) > 0
+
     def remaining(self, length: int) -> int | None:
         """Returns how many tokens fit behind `length` ids (padding included), None if unbounded."""
         return None if self.max_length is None else self.max_length - length

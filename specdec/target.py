@@ -16,6 +16,7 @@ from specdec.backend.model import TreeModel, causal_ancestors, token_matrix
 from specdec.backend.pads import PadGroups
 from specdec.kernels.block_linear import MOST_ROWS
 from specdec.kernels.decoded import Decoded
+from specdec.kernels.multi_step import RowDecoder
 from specdec.kernels.top_k_rows import top_k_rows
 from specdec.kernels.tree_mask import ancestor_matrices
 from specdec.prefill import groups, slack_of, sources_of
@@ -30,6 +31,7 @@ _CHUNK_TOKENS = 512
 # more their attention takes longer than torch's. Where `linear` is the best product for many rows,
 # and where blocks are
 _DIRECT_TOKENS, _DIRECT_TOKENS_IN_BLOCKS = 256, 1024
+_ONE_TOKEN = torch.zeros(1, 1, dtype=torch.int64)
 
 
 class Scores(NamedTuple):
@@ -104,6 +106,8 @@ class TargetModel:
         self._prompt_top_k = needs.prompt_top_k if needs else 0
         self._tap = FeatureTap(backend.model, needs.layers) if needs and needs.layers else None
         self._pads: PadGroups | None = None
+        self._of_row: RowDecoder | None = None
+        self._asked_of_row: tuple[object, ...] = ()
         if needs is not None and needs.probes is not None:
             self._pads = PadGroups(backend.model, needs.probes, backend.traits.positions)
 
@@ -239,6 +243,26 @@ class TargetModel:
         # the next pass writes over them, and texts and drafters may keep what they are given
         features = None if features is None else features[:, :width].clone()
         return Scores(Decoded(logits[:, :width].clone()), features)
+
+    def of_row(self, top_k: int, most_nodes: int) -> RowDecoder | None:
+        """Returns what runs several steps of the only row; None where passes are looked at.
+
+        Args:
+            top_k: likeliest tokens wanted behind each node.
+            most_nodes: of a tree.
+        """
+        direct, cache = self._backend.direct, self.cache
+        looked_at = self._tap is not None or self._pads is not None
+        kernel = self._backend.tree_attention is not None
+        if direct is None or looked_at or kernel or self._captured is not None:
+            return None
+        if cache.pool_rows > 1 or not direct.serves(_ONE_TOKEN, None):
+            return None
+        asked = direct, cache.generation, top_k, most_nodes
+        if asked != self._asked_of_row:
+            self._of_row = direct.of_row(cache, top_k, most_nodes)
+            self._asked_of_row = asked
+        return self._of_row
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps each row's root and accepted nodes; everything else of the last pass is gone."""

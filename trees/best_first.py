@@ -11,7 +11,7 @@ import torch
 from specdec.errors import ConfigError
 from specdec.random import RandomSource
 from specdec.trees.base import BasePolicy
-from specdec.trees.heap import LIKELY_CHILD, grow_by_heap, is_listed
+from specdec.trees.heap import LIKELY_CHILD, HeapLimits, grow_by_heap, is_listed
 from specdec.trees.native_law import NativeLaw
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftLaw, Draw, GrowPlan, LawRows, Root
@@ -48,6 +48,11 @@ class BestFirst(BasePolicy):
             )
         self._max_branching = max_branching
         self._max_depth = max_depth
+
+    @property
+    def limits(self) -> HeapLimits:
+        """Of its trees."""
+        return HeapLimits(self._max_branching, self._max_depth, Draw.POINT)
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""

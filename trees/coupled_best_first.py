@@ -19,7 +19,7 @@ from specdec.trees.best_first import (
     grow_likeliest,
     most_probable,
 )
-from specdec.trees.heap import grow_by_heap, is_listed
+from specdec.trees.heap import HeapLimits, grow_by_heap, is_listed
 from specdec.trees.native_law import KeyedNoise, NativeLaw
 from specdec.trees.tree import DraftTree
 from specdec.types import (
@@ -85,12 +85,17 @@ class CoupledBestFirst(BasePolicy):
         self._max_branching = max_branching
         self._max_depth = max_depth
         self.weights = np.array(_START)
-        self._squares = np.ones(4)
+        self.squares = np.ones(4)
         # the candidates of every node expanded for a tree that is still out, by the node's handle,
         # or the law that has noted them
         self._out: WeakKeyDictionary[DraftTree, dict[int, _Candidates] | NativeLaw] = (
             WeakKeyDictionary()
         )
+
+    @property
+    def limits(self) -> HeapLimits:
+        """Of its trees for a greedy target."""
+        return HeapLimits(self._max_branching, self._max_depth, Draw.COUPLED)
 
     def grow(self, law: DraftLaw, root: Root, budget: Budget, random: RandomSource) -> GrowPlan:
         """Grows one tree; see `specdec.types.TreePolicy.grow`."""
@@ -199,7 +204,7 @@ class CoupledBestFirst(BasePolicy):
             return
         handles = [outcome.tree.handles[node] for node in (0, *outcome.path)]
         if isinstance(noted, NativeLaw):
-            noted.fit(handles, outcome.emitted, self.weights, self._squares)
+            noted.fit(handles, outcome.emitted, self.weights, self.squares)
             return
         for handle, token in zip(handles, outcome.emitted, strict=False):
             candidates = noted.get(handle)
@@ -213,8 +218,8 @@ class CoupledBestFirst(BasePolicy):
         errors = np.exp(_log_softmax(terms @ self.weights)) - hit
         # a candidate that is padding has chance 0 and terms that must not enter a product
         gradient = errors @ np.where(np.isfinite(terms), terms, 0.0)
-        self._squares[:] = np.maximum(_MEMORY * self._squares, _LEAST_SQUARE) + gradient**2
-        self.weights -= _RATE * gradient / np.sqrt(self._squares)
+        self.squares[:] = np.maximum(_MEMORY * self.squares, _LEAST_SQUARE) + gradient**2
+        self.weights -= _RATE * gradient / np.sqrt(self.squares)
         np.maximum(self.weights[:3], 0.0, out=self.weights[:3])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from specdec.errors import LogitsError
 from specdec.trees.tree import DraftTree
@@ -15,6 +15,20 @@ LIKELY_CHILD = 0.7  # few children are likelier, so what would need one is not l
 _ROUNDING = 1e-3
 _UNKNOWN = -1  # in place of a rank: before any, so that equal values do not change the order
 _NOTHING = Guesses((), ())
+
+
+class HeapLimits(NamedTuple):
+    """What a policy lets the trees be that `grow_by_heap` grows.
+
+    Attributes:
+        max_branching: the most children of a node.
+        max_depth: the deepest level.
+        draw: how the nodes came to be.
+    """
+
+    max_branching: int
+    max_depth: int
+    draw: Draw
 
 
 def is_listed(law: DraftLaw) -> TypeGuard[ListedLaw]:

@@ -22,6 +22,8 @@ from specdec.kernels.block_linear import MOST_ROWS
 from specdec.kernels.decoded import Decoded
 from specdec.kernels.decoder import Decoder
 from specdec.kernels.layer_parts import DecoderCall, Ends, Norm
+from specdec.kernels.multi_step import RowDecoder, serves
+from specdec.kernels.step_structs import MOST_NODES
 from specdec.kernels.tree_mask import ancestor_matrix
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 _OF_MODEL = {"model", "lm_head"}
 _OF_BODY = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _ATTENTION = "sdpa"
+_NOWHERE = torch.zeros(1, 1, dtype=torch.int64)  # a position, where only a table is wanted
 _TRIAL_PROMPT, _TRIAL_PARENTS, _TRIAL_DEPTHS = 3, (-1, 0, 0, 2), (0, 1, 1, 2)
 
 
@@ -110,6 +113,24 @@ class DirectPass:
             and not self._model.training
             and self._as_found
         )
+
+    def of_row(self, cache: TreeCache, top_k: int, most_nodes: int) -> RowDecoder | None:
+        """Returns what goes on with a cache of one row by itself; None where only passes can.
+
+        It holds until keys and values, or the model's parts, are elsewhere.
+
+        Args:
+            cache: of the row.
+            top_k: likeliest tokens wanted behind each node.
+            most_nodes: of a tree.
+        """
+        most = self._decoder.most_selected
+        cos, sin = self._angles.of(self._embedding, _NOWHERE, cache.capacity)
+        fits = 0 < top_k <= most and cos.dim() == 2 and most_nodes <= MOST_NODES
+        if self._window is not None or not fits or not serves():
+            return None
+        layers = cache.of_layers(self._places)
+        return RowDecoder(self._decoder, layers, cos, sin, top_k=top_k, most_nodes=most_nodes)
 
     def run(
         self,

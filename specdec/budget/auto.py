@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
-from specdec.budget.chances import RealisedChances
+from specdec.budget.base import Allowance
+from specdec.budget.chances import EDGES, RealisedChances
 from specdec.budget.clock import DraftClock
 from specdec.budget.levels import Levels
 from specdec.budget.pass_clock import PassClock
-from specdec.budget.pauses import Pauses
+from specdec.budget.pauses import RATE, Pauses
 from specdec.cost import PassCost
+from specdec.kernels.multi_step import DoneStep
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, StepOutcome
 
@@ -65,7 +67,8 @@ class AutoBudget:
     ) -> None:
         self.setting: int | str = "auto"
         self.max_nodes = max_nodes
-        self._passes = PassClock(cost, follows=draft_seconds is None)
+        self._follows = draft_seconds is None
+        self._passes = PassClock(cost, follows=self._follows)
         self._max_rows = max_rows
         self._rows_per_node = 1 + probes
         self._clock = DraftClock(draft_seconds)
@@ -125,10 +128,29 @@ class AutoBudget:
         plain = passes[0]
         if self._rows_per_node > 1:
             (plain,) = self._step_seconds([len(trees)], context, probes=False)
+        width = self._weighed(passes, width, emitted[width] / len(trees), plain, grown=widest > 0)
+        return [
+            tree if tree.num_drafted <= width else tree.cut(order[:width])
+            for tree, order in zip(trees, orders, strict=True)
+        ]
+
+    def _weighed(
+        self, passes: Sequence[float], width: int, emitted: float, plain: float, *, grown: bool
+    ) -> int:
+        """Notes what a draft was worth, and returns how many nodes of it are scored.
+
+        Args:
+            passes: seconds of a step with 0, 1, ... draft nodes a tree.
+            width: of them that gives the most tokens a second.
+            emitted: tokens a row that it is expected to give.
+            plain: seconds of a step that did not prepare for a draft.
+            grown: whether there are any nodes.
+        """
         self._plain_seconds = plain
-        explored = self._pauses.exploring and widest > 0
+        drafting = self._clock.draft_seconds
+        explored = self._pauses.exploring and grown
         self._pauses.drafted(
-            gain=emitted[width] / len(trees) * plain - passes[width] - drafting,
+            gain=emitted * plain - passes[width] - drafting,
             # a try takes its pass, and the slots of the one before it
             loss=drafting + passes[min(1, len(passes) - 1)] + passes[0] - 2 * plain,
             plain=plain,
@@ -136,10 +158,46 @@ class AutoBudget:
         width = max(width, 1) if explored else width
         self._last_width = max(width, 1)
         self._pass_seconds = passes[width]
-        return [
-            tree if tree.num_drafted <= width else tree.cut(order[:width])
-            for tree, order in zip(trees, orders, strict=True)
-        ]
+        return width
+
+    def ahead(self, row: int, context: float) -> Allowance | None:
+        """Returns what holds until the next pause, or to the end of this one."""
+        if not self._follows:
+            return None  # how many steps go by without being learned from is a matter of the clock
+        if self._pauses.paused:
+            self._asked = False
+            steps = self._pauses.quiet(self._clock.plain_learn_seconds, self._plain_seconds)
+            return Allowance(_NOTHING, steps)
+        (own,) = self.allot([row], context)
+        if not self._asked:
+            return None
+        widths = range(min(own.nodes, self._allowed) + 1)
+        exploring = self._pauses.exploring
+        return Allowance(
+            own,
+            1 if exploring else None,
+            self._step_seconds([1 + width for width in widths], context),
+            int(exploring),
+            self._clock.draft_seconds,
+            EDGES,
+            self._chances.shares_of(row),
+            self._pauses.gain,
+            RATE,
+        )
+
+    def went(self, ahead: Allowance, done: DoneStep, outcome: StepOutcome, context: float) -> None:
+        """Notes what `cut`, `scored`, `observe` and `learned` do of a step."""
+        if ahead.seconds is None:
+            self._pauses.skip()
+            self._pauses.learns(self._clock.plain_learn_seconds, self._plain_seconds)
+        else:
+            self._clock.drafted(max(1, done.levels), done.drafting)
+            grown = done.levels > 0
+            passes = ahead.seconds if grown else ahead.seconds[:1]
+            self._weighed(passes, done.width, done.expected, passes[0], grown=grown)
+            self.observe(outcome)
+            self.learned(len(done.scored.tokens), done.learning)
+        self.scored(len(done.scored.tokens), context, done.scoring)
 
     def scored(self, num_nodes: int, context: float, seconds: float) -> None:
         """Corrects what passes are taken to cost, in a pause by one of a few."""

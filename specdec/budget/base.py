@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from specdec.kernels.multi_step import DoneStep
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, StepOutcome
+
+
+class Allowance(NamedTuple):
+    """What a budget says of several steps of a row, as long as it learns nothing from them.
+
+    Attributes:
+        budget: of every tree; no nodes: do not draft, do not learn.
+        steps: for how many it holds; None for any number.
+        seconds: of a step with 0, 1, ... draft nodes scored, learning included: the trees are cut
+            to the number that gives the most tokens a second. None: all are scored.
+        least: nodes to score of those that were grown, worth their time or not.
+        drafting: seconds of growing a tree.
+        edges: ends of the classes of chances, rising.
+        shares: nodes of each class that become text; one class more than ends.
+        gain: seconds that a draft saves, a running mean; steps stop when it falls below 0.
+        rate: at which it moves.
+    """
+
+    budget: Budget
+    steps: int | None = None
+    seconds: Sequence[float] | None = None
+    least: int = 0
+    drafting: float = 0.0
+    edges: Sequence[float] = ()
+    shares: Sequence[float] = ()
+    gain: float = 0.0
+    rate: float = 0.0
 
 
 class NodeBudget(Protocol):
@@ -62,6 +90,19 @@ class NodeBudget(Protocol):
         """Notes what it took the drafter to learn from a pass over so many tree nodes."""
         ...
 
+    def ahead(self, row: int, context: float) -> Allowance | None:
+        """Returns what holds for some steps of a row; None: ask for each step.
+
+        Args:
+            row: its number.
+            context: tokens of its prefix.
+        """
+        ...
+
+    def went(self, ahead: Allowance, done: DoneStep, outcome: StepOutcome, context: float) -> None:
+        """Learns from one of the steps that `ahead` was said of."""
+        ...
+
     def stop(self, row: int) -> None:
         """Forgets a row; another text may come under its number."""
         ...
@@ -104,6 +145,13 @@ class FixedBudget:
 
     def learned(self, num_rows: int, seconds: float) -> None:
         """Has no use for it."""
+
+    def ahead(self, row: int, context: float) -> Allowance | None:
+        """Returns the number, for any number of steps."""
+        return Allowance(Budget(self.max_nodes, self.max_nodes))
+
+    def went(self, ahead: Allowance, done: DoneStep, outcome: StepOutcome, context: float) -> None:
+        """Learns nothing."""
 
     def stop(self, row: int) -> None:
         """Has nothing to forget."""

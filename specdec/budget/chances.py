@@ -8,8 +8,8 @@ from itertools import pairwise
 
 from specdec.types import StepOutcome
 
-_EDGES = [0.005, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.6, 0.75, 0.87, 0.95]
-_BOUNDS = [0.0, *_EDGES, 1.0]
+EDGES = [0.005, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.6, 0.75, 0.87, 0.95]
+_BOUNDS = [0.0, *EDGES, 1.0]
 _CENTRES = [(low + high) / 2 for low, high in pairwise(_BOUNDS)]
 _PRIOR_TRIALS = 4.0
 _FIRST_TRUST = 1.0  # in what the drafter claims, before any was put to the test
@@ -38,8 +38,13 @@ class RealisedChances:
 
     def expected(self, row: int, claimed: Iterable[float]) -> list[float]:
         """Returns how many nodes of a row become text, for each of the claimed chances."""
-        shares, factor = self._all(), self._factor(row)
-        return [shares[bisect_left(_EDGES, chance)] * factor for chance in claimed]
+        shares = self.shares_of(row)
+        return [shares[bisect_left(EDGES, chance)] for chance in claimed]
+
+    def shares_of(self, row: int) -> list[float]:
+        """Returns how many nodes of a row become text, by class of chance; `EDGES` end them."""
+        factor = self._factor(row)
+        return [share * factor for share in self._all()]
 
     def least_claim(self, row: int, wanted: float) -> float:
         """Returns the claimed chance from which nodes of a row become text so often."""
@@ -47,11 +52,11 @@ class RealisedChances:
         for share, bound in zip(self._all(), _BOUNDS, strict=False):
             if share * factor >= wanted:
                 return bound
-        return _EDGES[-1]
+        return EDGES[-1]
 
     def observe(self, outcome: StepOutcome) -> None:
         """Counts which of the scored nodes became text."""
-        buckets = [bisect_left(_EDGES, chance) for chance in outcome.tree.path_chances]
+        buckets = [bisect_left(EDGES, chance) for chance in outcome.tree.path_chances]
         shares = self._all()
         expected = sum([shares[bucket] for bucket in buckets[1:]])
         self._hits = [_MEMORY * count for count in self._hits]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-_RATE = 0.15  # of the running mean
+RATE = 0.15  # of the running mean
 _PATIENCE = 3  # drafts at a loss before drafting is left out
 _EXPLORATION = 0.005  # of the time, to learn whether a drafter that does not pay pays again
 _LEARNING = 0.0025  # of the time, to go on learning while it is not asked
@@ -37,6 +37,24 @@ class Pauses:
         """Whether a draft is a try after a pause, made to learn from it."""
         return self._losing >= _PATIENCE
 
+    @property
+    def gain(self) -> float:
+        """Seconds that a draft saves, a running mean."""
+        return self._gain
+
+    def quiet(self, learning: float, plain: float) -> int:
+        """Returns how many steps of a pause are ahead in which there is nothing to learn either.
+
+        Args:
+            learning: as `learns` takes it.
+            plain: that too.
+        """
+        worth = _LEARNING * plain
+        if self._pause < _LONG or not worth:
+            return 0
+        due = math.ceil(learning / worth) - self._unlearned  # that step is learned from
+        return max(0, min(self._owed - self._credit, due - 1))
+
     def skip(self) -> None:
         """Counts a step of the pause."""
         self._owed -= 1
@@ -67,7 +85,7 @@ class Pauses:
             plain: seconds of a step without drafting.
         """
         self._credit = 0
-        self._gain += _RATE * (gain - self._gain)
+        self._gain += RATE * (gain - self._gain)
         if self._gain > 0:
             self._losing = self._owed = 0
             return

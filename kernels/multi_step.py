@@ -1,0 +1,318 @@
+"""Several steps of one row in one call: law and tree, pass, choices, learning, and again.
+
+Behind a pass, which leaves nothing else in the caches, Python takes a tenth of what the pass took
+for some microseconds of work. Where model and drafter stand in C already, C code can go from step
+to step by itself. What it does in each is said by `specdec.loop`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from specdec.kernels.decoder import Decoder, native_functions
+from specdec.kernels.layer_parts import LayerCaches
+from specdec.kernels.layer_structs import NodesStruct, PassStruct
+from specdec.kernels.native import library, why_not
+from specdec.kernels.step_structs import (
+    MOST_ENDS,
+    MOST_NODES,
+    MOST_STEPS,
+    AllowanceStruct,
+    DoneStruct,
+    DrafterStruct,
+    RecordStruct,
+    TargetStruct,
+    TextStruct,
+)
+
+_SOURCE = Path(__file__).with_name("multi_step.c")
+_JUDGE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64)  # `judge`
+
+
+class RowText(NamedTuple):
+    """Where the text of a row stands.
+
+    Attributes:
+        before: the token before the last one; -1 for none.
+        root: the last one.
+        position: absolute position of the last one.
+        remaining: tokens that fit behind it.
+        ends: tokens that end the text, up to `MOST_ENDS`.
+    """
+
+    before: int
+    root: int
+    position: int
+    remaining: int
+    ends: Sequence[int]
+
+
+class ScoredTree(NamedTuple):
+    """A tree of N nodes, and what the target said of it.
+
+    Attributes:
+        tokens: of the nodes; this and the next as in `DraftTree`.
+        parents: of the nodes.
+        chances: of the nodes.
+        logits: ``[N, V]`` float32.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    chances: list[float]
+    logits: Tensor
+
+
+class Judged(NamedTuple):
+    """What was decided about a tree.
+
+    Attributes:
+        path: accepted nodes that became text, root left out.
+        emitted: what became text, at least one token.
+        goes_on: whether the text does.
+    """
+
+    path: Sequence[int]
+    emitted: Sequence[int]
+    goes_on: bool
+
+
+class DoneStep(NamedTuple):
+    """One of several steps.
+
+    Attributes:
+        scored: its tree.
+        path: as in `Judged`.
+        emitted: that too.
+        levels: of the tree that was grown, before it was cut; -1 where no law was asked, as nothing
+            could become text.
+        width: draft nodes that were worth their time; one may be scored although it is not.
+        expected: tokens that these were expected to give.
+        drafting: seconds of growing and cutting.
+        scoring: seconds of the pass.
+        learning: seconds of what came behind the choice.
+    """
+
+    scored: ScoredTree
+    path: list[int]
+    emitted: list[int]
+    levels: int
+    width: int
+    expected: float
+    drafting: float
+    scoring: float
+    learning: float
+
+
+class Ran(NamedTuple):
+    """What several steps came to.
+
+    Attributes:
+        steps: those that were finished.
+        error: of the judge, in the step behind them; None where there was none.
+    """
+
+    steps: list[DoneStep]
+    error: BaseException | None
+
+
+class RowDecoder:
+    """A decoder, and the cache of the one row that it goes on with.
+
+    Args:
+        decoder: with a head.
+        caches: of its layers; of one row.
+        cos: ``[P, D]`` float32 by position, contiguous, P at least the slots of the caches.
+        sin: as `cos`.
+        top_k: likeliest tokens that are selected behind each node, 1 to `Decoder.most_selected`.
+        most_nodes: of a tree, the root included, up to `MOST_NODES`.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        caches: LayerCaches,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        top_k: int,
+        most_nodes: int,
+    ) -> None:
+        _, heads, slots, width = caches.shape
+        fits = caches.fit and caches.shape[0] == 1 and len(cos) >= slots and cos.dim() == 2
+        if not fits or not 0 < top_k <= decoder.most_selected or most_nodes > MOST_NODES:
+            raise ValueError(
+                f"expected caches of one row, angles of its {slots} slots, 1 to "
+                f"{decoder.most_selected} tokens a node and up to {MOST_NODES} nodes; got caches "
+                f"{list(caches.shape)}, {len(cos)} angles, {top_k} tokens and {most_nodes} nodes"
+            )
+        self._kept = decoder, caches, cos, sin  # what the pointers point to
+        row_stride, head_stride = caches.strides
+        shared = PassStruct(
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            batch=1,
+            nodes=most_nodes,
+            visible=slots,
+            row_stride=row_stride,
+            head_stride=head_stride,
+            threads=torch.get_num_threads(),
+        )
+        nodes = NodesStruct(tree=most_nodes, count=most_nodes, angles=len(cos), top_k=top_k)
+        room, run = native_functions()
+        self._room = torch.empty(room(decoder.layers.structs, shared, nodes), dtype=torch.float32)
+        keys, values = (pointers.buffer_info()[0] for pointers in caches.pointers)
+        self._ends = decoder.end_structs
+        self._struct = TargetStruct(
+            decoder=ctypes.cast(run, ctypes.c_void_p),
+            layers=ctypes.addressof(decoder.layers.structs),
+            ends=ctypes.addressof(self._ends),
+            keys=keys,
+            values=values,
+            room=self._room.data_ptr(),
+            shared=shared,
+            nodes=nodes,
+            num_layers=len(decoder.layers.layers),
+            heads=heads,
+            width=width,
+            slots=slots,
+            vocabulary=decoder.width,
+        )
+        rows = self._rows = most_nodes + 3 * MOST_STEPS
+        # tokens, parents, paths, what was emitted; chances; logits and ids of the likeliest tokens
+        self._lists = [array("i", bytes(4 * rows)) for _ in range(4)]
+        self._chances = array("d", bytes(8 * rows))
+        self._tops = array("f", bytes(4 * rows * top_k)), array("q", bytes(8 * rows * top_k))
+        self._done = (DoneStruct * MOST_STEPS)()
+        lists = [own.buffer_info()[0] for own in self._lists]
+        chances = self._chances.buffer_info()[0]
+        top_logits, top_ids = self._tops
+        tops = top_logits.buffer_info()[0], top_ids.buffer_info()[0]
+        self._record = RecordStruct(self._done, rows, *lists, chances, None, *tops)
+
+    def run(
+        self,
+        text: RowText,
+        start: int,
+        allowance: AllowanceStruct,
+        drafter: DrafterStruct | None,
+        judge: Callable[[ScoredTree], Judged] | None = None,
+    ) -> Ran:
+        """Runs steps, as many as the allowance says or fewer; returns what came of each.
+
+        They stop at the end of the text, where drafts no longer pay, and before what an error is to
+        tell of. The cache holds the root and the accepted nodes of each.
+
+        Args:
+            text: of the row.
+            start: slot of its last token.
+            allowance: what is grown and scored; up to `MOST_STEPS` steps.
+            drafter: that guesses; None where the allowance has no nodes. It learns.
+            judge: decides about every tree; None for the likeliest tokens.
+        """
+        rows = min(self._rows, allowance.plan.nodes + 1 + 3 * allowance.steps)
+        record, struct = self._record, self._struct
+        # anew each time, as whoever keeps a step keeps them
+        logits = torch.empty(rows, struct.vocabulary, dtype=torch.float32)
+        record.rows, record.logits = rows, logits.data_ptr()
+        ends = (ctypes.c_int32 * MOST_ENDS)(*text.ends)
+        given = TextStruct(
+            text.before, text.root, text.position, text.remaining, ends, len(text.ends)
+        )
+        asked = _Asked(self, logits, judge)
+        own = None if drafter is None else ctypes.byref(drafter)
+        callback = _JUDGE() if judge is None else _JUDGE(asked)
+        count = _function()(struct, own, allowance, given, start, record, callback)
+        steps, row = [], 0
+        _, _, paths, emitted = self._lists
+        for done in self._done[:count]:
+            steps.append(
+                DoneStep(
+                    self.scored(row, done.nodes, logits),
+                    paths[row : row + done.accepted].tolist(),
+                    emitted[row : row + done.emitted].tolist(),
+                    done.levels,
+                    done.width,
+                    done.expected,
+                    done.drafting,
+                    done.scoring,
+                    done.learning,
+                )
+            )
+            row += done.nodes
+        return Ran(steps, asked.error)
+
+    def scored(self, row: int, nodes: int, logits: Tensor) -> ScoredTree:
+        """Returns the tree whose nodes stand in the record from `row` on."""
+        own = slice(row, row + nodes)
+        tokens, parents, *_ = self._lists
+        return ScoredTree(
+            tokens[own].tolist(), parents[own].tolist(), self._chances[own].tolist(), logits[own]
+        )
+
+    def judged(self, step: int, row: int, judged: Judged) -> None:
+        """Writes down what was decided about it."""
+        _, _, paths, emitted = self._lists
+        for place, node in enumerate(judged.path):
+            paths[row + place] = node
+        for place, token in enumerate(judged.emitted):
+            emitted[row + place] = token
+        done = self._done[step]
+        done.accepted, done.emitted = len(judged.path), len(judged.emitted)
+
+    def nodes(self, step: int) -> int:
+        """Returns how many nodes the tree of a step has."""
+        count: int = self._done[step].nodes
+        return count
+
+
+class _Asked:
+    """What C code calls to have a tree judged; it keeps an error, which cannot go through there."""
+
+    def __init__(
+        self, rows: RowDecoder, logits: Tensor, judge: Callable[[ScoredTree], Judged] | None
+    ) -> None:
+        self._rows, self._logits, self._judge = rows, logits, judge
+        self.error: BaseException | None = None
+
+    def __call__(self, step: int, row: int) -> int:
+        assert self._judge is not None
+        try:
+            scored = self._rows.scored(row, self._rows.nodes(step), self._logits)
+            judged = self._judge(scored)
+            self._rows.judged(step, row, judged)
+        except BaseException as error:  # noqa: BLE001 (the caller raises it)
+            self.error = error
+            return -1
+        return int(judged.goes_on)
+
+
+def serves() -> bool:
+    """Returns whether the C code can be had here."""
+    return why_not(_SOURCE) is None
+
+
+@functools.cache
+def _function() -> Any:
+    """Returns `multi_step` of the C code; Python's lock is free while it runs."""
+    run = library(_SOURCE).multi_step
+    structs = (TargetStruct, DrafterStruct, AllowanceStruct, TextStruct, RecordStruct)
+    *given, record = map(ctypes.POINTER, structs)
+    run.argtypes = [*given, ctypes.c_int64, record, _JUDGE]
+    run.restype = ctypes.c_int64
+    return run
+
+
+def structure_sizes() -> list[int]:
+    """Returns what `step_structs` must agree with: bytes of structures, and limits."""
+    sizes = (ctypes.c_int64 * 8)()
+    library(_SOURCE).multi_step_sizes(sizes)
+    return list(sizes)

@@ -1,0 +1,282 @@
+"""Several steps of a lone row in one call of C, where model and drafter stand in C.
+
+What a step does is said by `specdec.loop`; texts are the same, and trees and tables but for what
+automatic budgets learn: of some steps together, a few later.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from specdec.backend.support import PositionLimit
+from specdec.budget.base import Allowance
+from specdec.call import Call
+from specdec.drafters.native_drafter import NativeDrafter, has_native
+from specdec.kernels.drafting import CouplingStruct, PlanStruct
+from specdec.kernels.multi_step import DoneStep, Judged, RowText, ScoredTree
+from specdec.kernels.step_structs import MOST_ENDS, MOST_STEPS, AllowanceStruct
+from specdec.random import RandomSource, SeededRandom
+from specdec.row_text import Row, RowEnded, Step
+from specdec.stats import DecodeStats
+from specdec.target import TargetModel
+from specdec.trees.best_first import BestFirst
+from specdec.trees.coupled_best_first import CoupledBestFirst
+from specdec.trees.heap import HeapLimits
+from specdec.trees.tree import DraftTree
+from specdec.types import Budget, DraftContext, Draw, StepOutcome
+from specdec.verifiers.coupled import Coupled
+from specdec.verifiers.match import Match
+
+if TYPE_CHECKING:
+    from specdec.loop import Parts
+
+# in which nothing is streamed
+_SECONDS = 0.03
+_FEWEST = 2  # steps for which it is worth its own preparation
+_NO_LIMIT = 1 << 40
+_PLAIN = Allowance(Budget(0, 0))
+# has the verifier decide about a row's tree, and adds to the steps what became text
+Verify = Callable[[Row, DraftTree, Tensor, list[Step]], None]
+
+
+class Limits(NamedTuple):
+    """What a policy says of its trees.
+
+    Attributes:
+        heap: their size and the draw law of their nodes.
+        coupled: of a policy that looks at the noise, which follows what was chosen; else None.
+    """
+
+    heap: HeapLimits
+    coupled: CoupledBestFirst | None = None
+
+
+class MultiStep:
+    """Runs steps of a row as long as nobody but the verifier wants to be asked in between.
+
+    Args:
+        parts: of the loop.
+        target: with a cache of one row.
+        stats: of the call.
+        positions: where the text must end; None where positions are open-ended.
+        limits: of the trees.
+        verify: asked in every step; None where the likeliest tokens are taken.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        target: TargetModel,
+        stats: DecodeStats,
+        positions: PositionLimit | None,
+        limits: Limits,
+        verify: Verify | None,
+    ) -> None:
+        self._parts = parts
+        self._target = target
+        self._stats = stats
+        self._positions = positions
+        self._limits = limits
+        self._verify = verify
+        needs = parts.drafter.needs if parts.drafter is not None else None
+        self._top_k = max(1, needs.node_top_k if needs is not None else 0)
+        self._most_nodes = 1 + (parts.budget.max_nodes if parts.drafter is not None else 0)
+
+    @classmethod
+    def of(
+        cls,
+        call: Call,
+        rows: Sequence[Row],
+        parts: Parts,
+        target: TargetModel,
+        stats: DecodeStats,
+        positions: PositionLimit | None,
+        verify: Verify,
+    ) -> MultiStep | None:
+        """Returns what may run steps of a call; None where each must be asked for.
+
+        It takes one row, best-first trees, and a drafter that may stand in C, or none.
+        """
+        if len(rows) != 1 or len(rows[0].stopper.eos_token_ids) > MOST_ENDS:
+            return None
+        policy, limits = parts.policy, Limits(HeapLimits(0, 0, Draw.POINT))
+        if parts.drafter is not None:
+            seeded = isinstance(rows[0].streams.draft, SeededRandom)
+            if not has_native(parts.drafter) or not seeded:
+                return None
+            # no subclass: what it changes would be left out
+            if isinstance(policy, BestFirst) and type(policy) is BestFirst:
+                limits = Limits(policy.limits)
+            elif isinstance(policy, CoupledBestFirst) and type(policy) is CoupledBestFirst:
+                limits = Limits(policy.limits, None if call.greedy else policy)
+            else:
+                return None
+        likeliest = call.greedy and type(parts.verifier) in (Coupled, Match)
+        asks = None if likeliest and not _is_looked_at(rows[0]) else verify
+        return cls(parts, target, stats, positions, limits, asks)
+
+    def run(self, row: Row, steps: list[Step]) -> bool:
+        """Runs some steps; returns False if the next one must be asked for.
+
+        Args:
+            row: of the call.
+            steps: so far; those run are added, also before an error.
+        """
+        most = self._most_steps()
+        if most < _FEWEST:
+            return False
+        with self._stats.timed("draft"):
+            start = self._target.lengths[0]
+            budget = self._parts.budget
+            drafts = self._parts.drafter is not None
+            ahead = budget.ahead(row.index, start) if drafts else _PLAIN
+            if ahead is None or ahead.steps == 0:
+                return False
+            target = self._target.of_row(self._top_k, self._most_nodes)
+            drafter = self._drafter(row, ahead)
+            if target is None or (ahead.budget.nodes and drafter is None):
+                return False
+            allowance = self._allowance(row, ahead, min(most, ahead.steps or most))
+            text, first = self._text(row), len(steps)
+        judge = None if self._verify is None else partial(self._judge, row, steps)
+        done, error = target.run(
+            text, start, allowance, None if drafter is None else drafter.struct, judge
+        )
+        self._count(done)
+        with self._stats.timed("verify"):
+            if judge is None:
+                self._commit(row, done, steps)
+            self._learn(row, ahead, drafter, done, steps[first:])
+        if error is not None:
+            raise error
+        return len(done) > 0
+
+    def _most_steps(self) -> int:
+        """Returns how many fit the time; that of one is not known before there was a pass."""
+        passes = self._stats.target_passes
+        if not passes:
+            return 0
+        mean = self._stats.seconds["target"] / passes
+        return min(MOST_STEPS, int(_SECONDS / mean))
+
+    def _drafter(self, row: Row, ahead: Allowance) -> NativeDrafter | None:
+        own = self._parts.drafter
+        if not ahead.budget.nodes or not has_native(own):
+            return None
+        return own.native(DraftContext(row.index, row.tokens, ahead.budget.depth + 1))
+
+    def _text(self, row: Row) -> RowText:
+        remaining = row.stopper.remaining(row.prefix.length)
+        remaining = _NO_LIMIT if remaining is None else remaining
+        if self._positions is not None:
+            remaining = min(remaining, self._positions.num_positions - row.root_position)
+        before = row.tokens[-2] if len(row.tokens) > 1 else -1
+        ends = tuple(row.stopper.eos_token_ids)
+        return RowText(before, row.tokens[-1], row.root_position, remaining, ends)
+
+    def _allowance(self, row: Row, ahead: Allowance, steps: int) -> AllowanceStruct:
+        heap, coupled = self._limits
+        own, noise, squares = ahead.budget, CouplingStruct(), None
+        if coupled is not None and own.nodes:
+            noise.weights, squares = coupled.weights.ctypes.data, coupled.squares.ctypes.data
+            noise.seed, noise.row = _key_of(row.streams.draft)
+        depth = min(own.depth, heap.max_depth)
+        plan = PlanStruct(own.nodes, depth, heap.max_branching, own.least_chance, noise)
+        reals = [
+            array("d", numbers or ()) for numbers in (ahead.seconds, ahead.edges, ahead.shares)
+        ]
+        seconds, edges, shares = (numbers.buffer_info()[0] for numbers in reals)
+        struct = AllowanceStruct(
+            plan=plan,
+            squares=squares,
+            steps=steps,
+            most=len(ahead.seconds or ()) - 1,
+            least=ahead.least,
+            seconds=seconds if ahead.seconds else None,
+            drafting=ahead.drafting,
+            edges=edges,
+            shares=shares,
+            num_edges=len(ahead.edges),
+            gain=ahead.gain,
+            rate=ahead.rate,
+        )
+        struct.kept = reals  # what the pointers point to
+        return struct
+
+    def _tree(self, scored: ScoredTree) -> DraftTree:
+        count = len(scored.tokens)
+        draws = [int(Draw.POINT), *[int(self._limits.heap.draw)] * (count - 1)]
+        return DraftTree(scored.tokens, scored.parents, draws, [-1] * count, None, scored.chances)
+
+    def _count(self, done: Sequence[DoneStep]) -> None:
+        seconds = self._stats.seconds
+        for own in done:
+            seconds["draft"] += own.drafting
+            seconds["target"] += own.scoring
+            seconds["observe"] += own.learning
+        self._stats.target_passes += len(done)
+
+    def _judge(self, row: Row, steps: list[Step], scored: ScoredTree) -> Judged:
+        """Has the verifier decide about a tree."""
+        assert self._verify is not None
+        tree, before = self._tree(scored), len(steps)
+        try:
+            self._verify(row, tree, scored.logits, steps)
+        finally:
+            for step in steps[before:]:
+                row.stats.record(tree, step.path, len(step.tokens))
+        return Judged(steps[-1].path, steps[-1].tokens, not row.done)
+
+    def _commit(self, row: Row, done: Sequence[DoneStep], steps: list[Step]) -> None:
+        """Makes the likeliest tokens text, up to its end."""
+        for own in done:
+            step = Step(row.index, [], self._tree(own.scored), [], own.scored.logits)
+            try:
+                with suppress(RowEnded):
+                    row.commit(step, None, own.path, own.emitted)
+            finally:
+                if step.tokens:
+                    step.path = step.path[: len(step.tokens)]
+                    steps.append(step)
+                    row.stats.record(step.tree, step.path, len(step.tokens))
+            if row.done:
+                break
+
+    def _learn(
+        self,
+        row: Row,
+        ahead: Allowance,
+        drafter: NativeDrafter | None,
+        done: Sequence[DoneStep],
+        steps: Sequence[Step],
+    ) -> None:
+        """Tells cache, budget and drafter what became text."""
+        context = self._target.lengths[0]
+        self._target.cache.advance([sum(len(step.tokens) for step in steps)])
+        told: list[int] = []
+        for own, step in zip(done, steps, strict=False):  # those behind the text's end are nothing
+            if self._parts.drafter is not None:
+                outcome = StepOutcome(row.index, step.tree, step.path, step.tokens, step.logits)
+                self._parts.budget.went(ahead, own, outcome, context)
+            context += len(step.tokens)
+            if own.levels >= 0:
+                told += step.tokens
+        if drafter is not None:
+            drafter.came(told)
+
+
+def _key_of(random: RandomSource) -> tuple[int, int]:
+    assert isinstance(random, SeededRandom)
+    return random.seed, random.row
+
+
+def _is_looked_at(row: Row) -> bool:
+    """Returns whether anybody wants to be asked about logits, or to be told of every token."""
+    others = row.processors or row.stopper.asks_others
+    return bool(others) or row.keeps_scores or row.keeps_logits
