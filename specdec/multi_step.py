@@ -57,6 +57,9 @@ class Limits(NamedTuple):
     coupled: CoupledBestFirst | None = None
 
 
+_NO_TREES = Limits(HeapLimits(0, 0, Draw.POINT))
+
+
 class MultiStep:
     """Runs steps of a row as long as nobody but the verifier wants to be asked in between.
 
@@ -65,7 +68,7 @@ class MultiStep:
         target: with a cache of one row.
         stats: of the call.
         positions: where the text must end; None where positions are open-ended.
-        limits: of the trees.
+        limits: of the trees; None where these are Python's.
         verify: asked in every step; None where the likeliest tokens are taken.
     """
 
@@ -75,7 +78,7 @@ class MultiStep:
         target: TargetModel,
         stats: DecodeStats,
         positions: PositionLimit | None,
-        limits: Limits,
+        limits: Limits | None,
         verify: Verify | None,
     ) -> None:
         self._parts = parts
@@ -101,25 +104,17 @@ class MultiStep:
     ) -> MultiStep | None:
         """Returns what may run steps of a call; None where each must be asked for.
 
-        It takes one row, best-first trees, and a drafter that may stand in C, or none.
+        It takes one row. Steps with a draft want best-first trees and a drafter that may stand in
+        C; those of a pause may be left out by any drafter that misses some.
         """
         if len(rows) != 1 or len(rows[0].stopper.eos_token_ids) > MOST_ENDS:
             return None
-        policy, limits = parts.policy, Limits(HeapLimits(0, 0, Draw.POINT))
-        if parts.drafter is not None:
-            seeded = isinstance(rows[0].streams.draft, SeededRandom)
-            if not has_native(parts.drafter) or not seeded:
-                return None
-            # no subclass: what it changes would be left out
-            if isinstance(policy, BestFirst) and type(policy) is BestFirst:
-                limits = Limits(policy.limits)
-            elif isinstance(policy, CoupledBestFirst) and type(policy) is CoupledBestFirst:
-                limits = Limits(policy.limits, None if call.greedy else policy)
-            else:
-                return None
+        drafter = parts.drafter
+        if drafter is not None and drafter.needs.every_step:
+            return None
         likeliest = call.greedy and type(parts.verifier) in (Coupled, Match)
         asks = None if likeliest and not _is_looked_at(rows[0]) else verify
-        return cls(parts, target, stats, positions, limits, asks)
+        return cls(parts, target, stats, positions, _limits(call, rows[0], parts), asks)
 
     def run(self, row: Row, steps: list[Step]) -> bool:
         """Runs some steps; returns False if the next one must be asked for.
@@ -129,18 +124,20 @@ class MultiStep:
             steps: so far; those run are added, also before an error.
         """
         most = self._most_steps()
-        if most < _FEWEST:
+        target = self._target.of_row(self._top_k, self._most_nodes) if most >= _FEWEST else None
+        if target is None:
             return False
         with self._stats.timed("draft"):
             start = self._target.lengths[0]
-            budget = self._parts.budget
-            drafts = self._parts.drafter is not None
-            ahead = budget.ahead(row.index, start) if drafts else _PLAIN
+            ahead: Allowance | None = _PLAIN
+            if self._parts.drafter is not None:
+                drafts = self._limits is not None
+                ahead = self._parts.budget.ahead(row.index, start, drafts=drafts)
             if ahead is None or ahead.steps == 0:
                 return False
-            target = self._target.of_row(self._top_k, self._most_nodes)
             drafter = self._drafter(row, ahead)
-            if target is None or (ahead.budget.nodes and drafter is None):
+            if ahead.budget.nodes and drafter is None:
+                self._limits = None  # a part of it is Python's
                 return False
             allowance = self._allowance(row, ahead, min(most, ahead.steps or most))
             text, first = self._text(row), len(steps)
@@ -181,7 +178,7 @@ class MultiStep:
         return RowText(before, row.tokens[-1], row.root_position, remaining, ends)
 
     def _allowance(self, row: Row, ahead: Allowance, steps: int) -> AllowanceStruct:
-        heap, coupled = self._limits
+        heap, coupled = self._limits or _NO_TREES
         own, noise, squares = ahead.budget, CouplingStruct(), None
         if coupled is not None and own.nodes:
             noise.weights, squares = coupled.weights.ctypes.data, coupled.squares.ctypes.data
@@ -211,7 +208,8 @@ class MultiStep:
 
     def _tree(self, scored: ScoredTree) -> DraftTree:
         count = len(scored.tokens)
-        draws = [int(Draw.POINT), *[int(self._limits.heap.draw)] * (count - 1)]
+        heap, _ = self._limits or _NO_TREES
+        draws = [int(Draw.POINT), *[int(heap.draw)] * (count - 1)]
         return DraftTree(scored.tokens, scored.parents, draws, [-1] * count, None, scored.chances)
 
     def _count(self, done: Sequence[DoneStep]) -> None:
@@ -280,3 +278,16 @@ def _is_looked_at(row: Row) -> bool:
     """Returns whether anybody wants to be asked about logits, or to be told of every token."""
     others = row.processors or row.stopper.asks_others
     return bool(others) or row.keeps_scores or row.keeps_logits
+
+
+def _limits(call: Call, row: Row, parts: Parts) -> Limits | None:
+    """Returns those of the trees that C code may grow; None for trees that it cannot."""
+    policy = parts.policy
+    if not has_native(parts.drafter) or not isinstance(row.streams.draft, SeededRandom):
+        return None
+    # no subclass: what it changes would be left out
+    if isinstance(policy, BestFirst) and type(policy) is BestFirst:
+        return Limits(policy.limits)
+    if isinstance(policy, CoupledBestFirst) and type(policy) is CoupledBestFirst:
+        return Limits(policy.limits, None if call.greedy else policy)
+    return None

@@ -435,8 +435,8 @@ class Both:
         self.one, self.other = budget_of(), budget_of()
         self.drafted = self.plain = 0
 
-    def ahead(self, row: int, context: float) -> Any:
-        return self.one.ahead(row, context)
+    def ahead(self, row: int, context: float, *, drafts: bool) -> Any:
+        return self.one.ahead(row, context, drafts=drafts)
 
     def went(self, ahead: Any, done: Any, outcome: StepOutcome, context: float) -> None:
         self.one.went(ahead, done, outcome, context)
@@ -574,9 +574,12 @@ def test_a_pause_is_quiet_until_there_is_something_to_learn() -> None:
     assert Pauses().quiet(0.1, 0.0) == 0
 
 
-def test_steps_of_a_pause_are_plain(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where drafts lose: long pauses, run in C code, with one try between them."""
-    generator = generator_of("trigram")
+@pytest.mark.parametrize("make", [Trigram, AlwaysWrong, PromptLookup])
+def test_steps_of_a_pause_are_plain(
+    make: Any, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where drafts lose: long pauses, run in C code for any drafter, with one try between them."""
+    generator = generator_of(make())
     dear = PassCost(rows=(1, 65), contexts=(64,), seconds=((1.0, 65.0),))
     generator._parts._costed = budget = AutoBudget(dear)
     budget._clock.plain_learn_seconds = 1.0

@@ -160,7 +160,7 @@ class AutoBudget:
         self._pass_seconds = passes[width]
         return width
 
-    def ahead(self, row: int, context: float) -> Allowance | None:
+    def ahead(self, row: int, context: float, *, drafts: bool) -> Allowance | None:
         """Returns what holds until the next pause, or to the end of this one."""
         if not self._follows:
             return None  # how many steps go by without being learned from is a matter of the clock
@@ -168,6 +168,8 @@ class AutoBudget:
             self._asked = False
             steps = self._pauses.quiet(self._clock.plain_learn_seconds, self._plain_seconds)
             return Allowance(_NOTHING, steps)
+        if not drafts:
+            return None
         (own,) = self.allot([row], context)
         if not self._asked:
             return None

@@ -90,12 +90,13 @@ class NodeBudget(Protocol):
         """Notes what it took the drafter to learn from a pass over so many tree nodes."""
         ...
 
-    def ahead(self, row: int, context: float) -> Allowance | None:
+    def ahead(self, row: int, context: float, *, drafts: bool) -> Allowance | None:
         """Returns what holds for some steps of a row; None: ask for each step.
 
         Args:
             row: its number.
             context: tokens of its prefix.
+            drafts: whether steps with a draft may be among them.
         """
         ...
 
@@ -146,9 +147,9 @@ class FixedBudget:
     def learned(self, num_rows: int, seconds: float) -> None:
         """Has no use for it."""
 
-    def ahead(self, row: int, context: float) -> Allowance | None:
+    def ahead(self, row: int, context: float, *, drafts: bool) -> Allowance | None:
         """Returns the number, for any number of steps."""
-        return Allowance(Budget(self.max_nodes, self.max_nodes))
+        return Allowance(Budget(self.max_nodes, self.max_nodes)) if drafts else None
 
     def went(self, ahead: Allowance, done: DoneStep, outcome: StepOutcome, context: float) -> None:
         """Learns nothing."""
