@@ -89,10 +89,12 @@ class Hybrid(LearningDrafter):
 
     def native(self, context: DraftContext) -> NativeDrafter | None:
         """See `specdec.drafters.native_drafter.HasNative`; all sources must be in C."""
+        if type(self) is not Hybrid:
+            return None
         own: list[NativeSource] = []
         for source in self.sources:
             native = source.native(context) if has_native(source) else None
-            if native is None:
+            if native is None or native.trust is not None:  # C code mixes once
                 return None
             own += native.sources
         self._laws.pop(context.row, None)

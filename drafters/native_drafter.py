@@ -37,12 +37,14 @@ class NativeDrafter:
         trust: that mixes them; None for one source alone.
 
     Attributes:
+        sources: as given.
+        trust: as given.
         struct: for `specdec.kernels.multi_step`.
     """
 
     def __init__(self, sources: Sequence[NativeSource], trust: NativeTrust | None = None) -> None:
         self.sources = sources
-        self._trust = trust
+        self.trust = trust
         own = self.struct = DrafterStruct()
         for place, source in enumerate(sources):
             own.sources[place] = DraftingStruct(source.kind, source.parts, source.number)
@@ -66,7 +68,8 @@ class HasNative(Protocol):
     def native(self, context: DraftContext) -> NativeDrafter | None:
         """Returns what guesses behind a row's text, and learns what follows; None: it is Python's.
 
-        Laws that were asked for before do not hold any more.
+        That is so of every subclass: what it changes would be left out. Laws that were asked for
+        before do not hold any more.
         """
         ...
 

@@ -108,6 +108,8 @@ class Suffix(LearningDrafter):
 
     def native(self, context: DraftContext) -> NativeDrafter | None:
         """See `specdec.drafters.native_drafter.HasNative`."""
+        if type(self) is not Suffix:
+            return None
         text = self._text_of(context)
         laws = self._laws_of(text)
         if not isinstance(laws, NativeSuffixLaws):

@@ -95,7 +95,7 @@ class TokenRecycling(LearningDrafter):
 
     def native(self, context: DraftContext) -> NativeDrafter | None:
         """See `specdec.drafters.native_drafter.HasNative`."""
-        if self._native is None:
+        if self._native is None or type(self) is not TokenRecycling:
             return None
         return NativeDrafter([self._native.source(0, lambda _: None)])
 

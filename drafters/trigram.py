@@ -223,7 +223,7 @@ class Trigram(LearningDrafter):
 
     def native(self, context: DraftContext) -> NativeDrafter | None:
         """See `specdec.drafters.native_drafter.HasNative`."""
-        source = self._table.native()
+        source = self._table.native() if type(self) is Trigram else None
         return None if source is None else NativeDrafter([source])
 
     def guesses(self, first: int, second: int) -> Guesses:

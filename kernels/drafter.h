@@ -60,6 +60,7 @@ static void end_laws(const struct drafter *d, struct laws *laws) {
     if (!laws->law) return;
     if (d->trust) end_law(laws->law);
     for (int64_t i = 0; i < d->num; i++) end_law(laws->sources[i]);
+    laws->law = 0;
 }
 
 /* Adds tokens to this text and brings the matches up to date. */

@@ -10,8 +10,11 @@
 
 enum { MOST_NODES = 128, MOST_ENDS = 16 };
 
-/* The model, the row's cache, and `decoder` of decoder.c. */
+/* The model, the row's cache, and `decoder` of decoder.c. Python's lock guards the tables of drafters;
+ * it is given back around each pass. */
 struct target {
+    void *(*give_lock)(void);
+    void (*take_lock)(void *);
     int (*decoder)(const void *layers, int64_t num_layers, const void *ends, const struct pass *,
                    const struct nodes *, float *logits, float *const *keys, float *const *values,
                    float *room);
@@ -36,6 +39,7 @@ struct allowance {
                                      are as likely become text */
     int64_t num_edges;
     double gain, rate; /* running mean of the seconds that drafts save; below 0 it is time to stop */
+    double time;       /* seconds after which no step begins */
 };
 
 /* Where the row's text stands. */
@@ -68,9 +72,24 @@ struct record {
     int64_t *top_ids;          /* [rows, top_k] */
 };
 
-/* Decides about a scored tree, whose nodes stand in the record from `row` on, in place of `choose`:
- * writes there what `choose` does, and returns it. */
-typedef int (*judge)(int64_t step, int64_t row);
+/* Several steps of a row, as they go on. */
+struct going {
+    const struct target *target;
+    struct drafter *drafter;
+    const struct allowance *allowance;
+    struct record *record;
+    struct text text;
+    int64_t start; /* slot of the row's last token */
+    int64_t judged; /* 1: others decide about every tree, in place of `choose` */
+    /* from here on set by the steps; zero at first */
+    int64_t waiting;    /* whether a tree is scored that is to be decided about */
+    int64_t count, row; /* steps that were finished, and their nodes */
+    double begun, gain;
+    struct laws laws;
+    struct tree *tree, alone;
+    int32_t no_parent, no_handle;
+    double no_chance;
+};
 
 static double now(void) {
     struct timespec time;
@@ -88,7 +107,7 @@ static void cut(const struct allowance *a, struct tree *tree, struct done *step)
         paths[node] = node ? paths[above] * tree->chances[node] : 1;
         if (depths[node] > step->levels) step->levels = depths[node];
     }
-    step->width = tree->count - 1, step->expected = 1;
+    step->width = tree->count - 1;
     if (!a->seconds) return;
     const int64_t most = a->most < step->width ? a->most : step->width;
     for (int64_t width = 0; width <= most; width++) {
@@ -124,8 +143,11 @@ static int score(const struct target *t, const struct tree *tree, int64_t start,
     nodes.ancestors = n > 1 ? sees : 0;
     nodes.top_ids = r->top_ids + row * nodes.top_k;
     nodes.top_logits = r->top_logits + row * nodes.top_k;
-    return t->decoder(t->layers, t->num_layers, t->ends, &pass, &nodes,
-                      r->logits + row * t->vocabulary, t->keys, t->values, t->room);
+    void *lock = t->give_lock();
+    const int failed = t->decoder(t->layers, t->num_layers, t->ends, &pass, &nodes,
+                                  r->logits + row * t->vocabulary, t->keys, t->values, t->room);
+    t->take_lock(lock);
+    return failed;
 }
 
 static int64_t child_with(const struct tree *tree, int64_t parent, int32_t token) {
@@ -185,71 +207,96 @@ static void fit_noise(const struct allowance *a, struct law *law, const struct t
     fit_weights(law, handles, v->emitted, v->count, (double *)a->plan.noise.weights, a->squares);
 }
 
-/* Runs steps until there is no room for a larger tree, the text ends, drafts no longer pay, or
- * something is wrong: then that step is left out, and Python's tells what. `start` is the slot of
- * the row's last token. Returns how many steps were run. */
-int64_t multi_step(const struct target *target, struct drafter *drafter, const struct allowance *a,
-                   const struct text *given, int64_t start, struct record *r, judge judge) {
-    struct text text = *given;
-    double gain = a->gain;
-    int64_t count = 0, row = 0;
-    const int64_t top_k = target->nodes.top_k;
-    for (int going = 1; going && count < a->steps && text.remaining > 0; count++) {
-        if (row + a->plan.nodes >= r->rows || start + a->plan.nodes >= target->slots) break;
-        struct done *step = r->steps + count;
-        struct tree alone = {1, &text.root, (int32_t[]){-1}, (int32_t[]){0}, (double[]){NAN}};
-        struct tree *tree = &alone;
-        struct plan plan = a->plan;
-        struct laws laws = {0};
-        const double begin = now();
-        *step = (struct done){0};
-        plan.noise.position = text.position;
-        if (plan.depth > text.remaining - 1) plan.depth = text.remaining - 1;
-        if (plan.nodes && plan.depth) {
-            laws = laws_behind(drafter, text.before, text.root);
-            tree = (struct tree *)grow(laws.law, &plan, text.root); /* its own, to be cut */
-        }
-        if (plan.nodes && tree->count > 0) cut(a, tree, step);
-        if (!laws.law) step->levels = -1;
-        const double drafted = now();
-        const int failed = tree->count < 0 || score(target, tree, start, r, row);
-        const double scored = now();
-        if (!failed) {
-            note(tree, r, row);
-            step->nodes = tree->count;
-            going = judge ? judge(count, row) : choose(tree, &text, r, row, top_k, step);
-        }
-        if (failed || going < 0) {
-            end_laws(drafter, &laws);
-            break;
-        }
-        const int32_t *path = r->paths + row, *emitted = r->emitted + row;
-        const double chosen = now();
-        keep(target, start, path, step->accepted);
-        if (plan.nodes) {
-            const struct verdict verdict = {
-                path, emitted, step->accepted, step->emitted, r->top_ids + row * top_k,
-                r->top_logits + row * top_k, top_k,
-            };
-            learn_from(drafter, &laws, text.before, tree, &verdict);
-            if (a->squares && laws.law) fit_noise(a, laws.law, tree, &verdict);
-        }
-        end_laws(drafter, &laws);
-        step->drafting = drafted - begin, step->scoring = scored - drafted;
-        step->learning = now() - chosen;
-        if (plan.nodes && a->seconds) {
-            const double saved = step->expected * a->seconds[0] - a->seconds[step->width];
-            gain += a->rate * (saved - a->drafting - gain);
-            going &= gain > 0;
-        }
-        text.before = step->emitted > 1 ? emitted[step->emitted - 2] : text.root;
-        text.root = emitted[step->emitted - 1];
-        text.position += step->emitted;
-        text.remaining -= step->emitted;
-        start += step->emitted;
-        row += step->nodes;
+/* Drafts a tree and runs it. Returns 0 where there is no room for another one, or something is wrong:
+ * that step is left out, and Python's tells what. */
+static int begin_step(struct going *g) {
+    const struct allowance *a = g->allowance;
+    const struct record *r = g->record;
+    struct done *step = r->steps + g->count;
+    struct plan plan = a->plan;
+    const double begin = now();
+    if (g->row + plan.nodes >= r->rows || g->start + plan.nodes >= g->target->slots) return 0;
+    *step = (struct done){.levels = -1, .expected = 1};
+    g->alone = (struct tree){1, &g->text.root, &g->no_parent, &g->no_handle, &g->no_chance};
+    g->no_parent = -1, g->no_handle = 0, g->no_chance = NAN;
+    g->tree = &g->alone;
+    plan.noise.position = g->text.position;
+    if (plan.depth > g->text.remaining - 1) plan.depth = g->text.remaining - 1;
+    if (plan.nodes && plan.depth) {
+        g->laws = laws_behind(g->drafter, g->text.before, g->text.root);
+        g->tree = (struct tree *)grow(g->laws.law, &plan, g->text.root); /* its own, to be cut */
+        if (g->tree->count < 0) return 0;
+        cut(a, g->tree, step);
     }
-    return count;
+    const double drafted = now();
+    if (score(g->target, g->tree, g->start, r, g->row)) return 0;
+    const double scored = now();
+    note(g->tree, r, g->row);
+    step->nodes = g->tree->count;
+    step->drafting = drafted - begin, step->scoring = scored - drafted;
+    return 1;
+}
+
+/* Keeps what was decided and learns from it. Returns whether another step may follow. */
+static int end_step(struct going *g) {
+    const struct allowance *a = g->allowance;
+    const struct record *r = g->record;
+    struct done *step = r->steps + g->count;
+    const int32_t *path = r->paths + g->row, *emitted = r->emitted + g->row;
+    const int64_t top_k = g->target->nodes.top_k;
+    const double chosen = now();
+    int going = 1;
+    keep(g->target, g->start, path, step->accepted);
+    if (a->plan.nodes) {
+        const struct verdict verdict = {
+            path, emitted, step->accepted, step->emitted, r->top_ids + g->row * top_k,
+            r->top_logits + g->row * top_k, top_k,
+        };
+        learn_from(g->drafter, &g->laws, g->text.before, g->tree, &verdict);
+        if (a->squares && g->laws.law) fit_noise(a, g->laws.law, g->tree, &verdict);
+    }
+    end_laws(g->drafter, &g->laws);
+    if (a->plan.nodes && a->seconds) {
+        const double saved = step->expected * a->seconds[0] - a->seconds[step->width];
+        g->gain += a->rate * (saved - a->drafting - g->gain);
+        going = g->gain > 0;
+    }
+    g->text.before = step->emitted > 1 ? emitted[step->emitted - 2] : g->text.root;
+    g->text.root = emitted[step->emitted - 1];
+    g->text.position += step->emitted;
+    g->text.remaining -= step->emitted;
+    g->start += step->emitted;
+    g->row += step->nodes;
+    g->count++;
+    step->learning = now() - chosen;
+    return going && g->count < a->steps && g->text.remaining > 0 && now() - g->begun < a->time;
+}
+
+/* Leaves out a step that was begun. */
+void multi_step_end(struct going *g) {
+    end_laws(g->drafter, &g->laws);
+    g->waiting = 0;
+}
+
+/* Runs steps until there is no room for a larger tree, the text ends, drafts no longer pay or the
+ * time is over. Returns 1 where a tree is to be decided about first: whoever did so calls again, with
+ * `going` as `choose` returns it. */
+int multi_step(struct going *g, int going) {
+    const int64_t top_k = g->target->nodes.top_k;
+    if (!g->waiting) g->begun = now(), g->gain = g->allowance->gain;
+    for (;;) {
+        if (g->waiting) {
+            g->waiting = 0;
+            if (!end_step(g) || !going) return 0;
+        }
+        if (!begin_step(g)) break;
+        g->waiting = 1;
+        if (g->judged) return 1;
+        going = choose(g->tree, &g->text, g->record, g->row, top_k, g->record->steps + g->count);
+        if (going < 0) break;
+    }
+    multi_step_end(g);
+    return 0;
 }
 
 /* What Python must agree with. */
@@ -257,7 +304,7 @@ void multi_step_sizes(int64_t *sizes) {
     const int64_t own[] = {
         sizeof(struct target), sizeof(struct drafter), sizeof(struct allowance),
         sizeof(struct text),   sizeof(struct done),    sizeof(struct record),
-        MOST_NODES,            MOST_ENDS,
+        sizeof(struct going),  MOST_NODES,             MOST_ENDS,
     };
     memcpy(sizes, own, sizeof own);
 }

@@ -28,13 +28,14 @@ from specdec.kernels.step_structs import (
     AllowanceStruct,
     DoneStruct,
     DrafterStruct,
+    GoingStruct,
     RecordStruct,
     TargetStruct,
     TextStruct,
 )
 
 _SOURCE = Path(__file__).with_name("multi_step.c")
-_JUDGE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64)  # `judge`
+_GOES_ON = 1  # as `choose` returns it
 
 
 class RowText(NamedTuple):
@@ -117,7 +118,7 @@ class Ran(NamedTuple):
 
     Attributes:
         steps: those that were finished.
-        error: of the judge, in the step behind them; None where there was none.
+        error: raised behind them, by the judge or by an interrupt; None where there was none.
     """
 
     steps: list[DoneStep]
@@ -171,7 +172,10 @@ class RowDecoder:
         self._room = torch.empty(room(decoder.layers.structs, shared, nodes), dtype=torch.float32)
         keys, values = (pointers.buffer_info()[0] for pointers in caches.pointers)
         self._ends = decoder.end_structs
+        lock = ctypes.pythonapi
         self._struct = TargetStruct(
+            give_lock=ctypes.cast(lock.PyEval_SaveThread, ctypes.c_void_p),
+            take_lock=ctypes.cast(lock.PyEval_RestoreThread, ctypes.c_void_p),
             decoder=ctypes.cast(run, ctypes.c_void_p),
             layers=ctypes.addressof(decoder.layers.structs),
             ends=ctypes.addressof(self._ends),
@@ -227,16 +231,34 @@ class RowDecoder:
         given = TextStruct(
             text.before, text.root, text.position, text.remaining, ends, len(text.ends)
         )
-        asked = _Asked(self, logits, judge)
-        own = None if drafter is None else ctypes.byref(drafter)
-        callback = _JUDGE() if judge is None else _JUDGE(asked)
-        count = _function()(struct, own, allowance, given, start, record, callback)
+        going = GoingStruct(
+            ctypes.pointer(struct),
+            None if drafter is None else ctypes.pointer(drafter),
+            ctypes.pointer(allowance),
+            ctypes.pointer(record),
+            given,
+            start,
+            judge is not None,
+        )
+        go_on, leave_out = _functions()
+        error: BaseException | None = None
+        try:
+            waits = go_on(going, _GOES_ON)
+            while waits:
+                assert judge is not None
+                nodes = self._done[going.count].nodes
+                judged = judge(self._scored(going.row, nodes, logits))
+                self._note(going.count, going.row, nodes, judged)
+                waits = go_on(going, int(judged.goes_on))
+        except BaseException as raised:  # noqa: BLE001 (the caller raises it)
+            error = raised
+            leave_out(going)
         steps, row = [], 0
         _, _, paths, emitted = self._lists
-        for done in self._done[:count]:
+        for done in self._done[: going.count]:
             steps.append(
                 DoneStep(
-                    self.scored(row, done.nodes, logits),
+                    self._scored(row, done.nodes, logits),
                     paths[row : row + done.accepted].tolist(),
                     emitted[row : row + done.emitted].tolist(),
                     done.levels,
@@ -248,9 +270,9 @@ class RowDecoder:
                 )
             )
             row += done.nodes
-        return Ran(steps, asked.error)
+        return Ran(steps, error)
 
-    def scored(self, row: int, nodes: int, logits: Tensor) -> ScoredTree:
+    def _scored(self, row: int, nodes: int, logits: Tensor) -> ScoredTree:
         """Returns the tree whose nodes stand in the record from `row` on."""
         own = slice(row, row + nodes)
         tokens, parents, *_ = self._lists
@@ -258,41 +280,19 @@ class RowDecoder:
             tokens[own].tolist(), parents[own].tolist(), self._chances[own].tolist(), logits[own]
         )
 
-    def judged(self, step: int, row: int, judged: Judged) -> None:
+    def _note(self, step: int, row: int, nodes: int, judged: Judged) -> None:
         """Writes down what was decided about it."""
-        _, _, paths, emitted = self._lists
-        for place, node in enumerate(judged.path):
-            paths[row + place] = node
-        for place, token in enumerate(judged.emitted):
-            emitted[row + place] = token
+        path, emitted = list(judged.path), list(judged.emitted)
+        if path != sorted(set(path) & set(range(1, nodes))) or not 0 < len(emitted) <= nodes:
+            raise ValueError(
+                f"expected a path of rising nodes below {nodes} and 1 to {nodes} tokens; got "
+                f"{path} and {emitted}"
+            )
+        _, _, paths, tokens = self._lists
+        paths[row : row + len(path)] = array("i", path)
+        tokens[row : row + len(emitted)] = array("i", emitted)
         done = self._done[step]
-        done.accepted, done.emitted = len(judged.path), len(judged.emitted)
-
-    def nodes(self, step: int) -> int:
-        """Returns how many nodes the tree of a step has."""
-        count: int = self._done[step].nodes
-        return count
-
-
-class _Asked:
-    """What C code calls to have a tree judged; it keeps an error, which cannot go through there."""
-
-    def __init__(
-        self, rows: RowDecoder, logits: Tensor, judge: Callable[[ScoredTree], Judged] | None
-    ) -> None:
-        self._rows, self._logits, self._judge = rows, logits, judge
-        self.error: BaseException | None = None
-
-    def __call__(self, step: int, row: int) -> int:
-        assert self._judge is not None
-        try:
-            scored = self._rows.scored(row, self._rows.nodes(step), self._logits)
-            judged = self._judge(scored)
-            self._rows.judged(step, row, judged)
-        except BaseException as error:  # noqa: BLE001 (the caller raises it)
-            self.error = error
-            return -1
-        return int(judged.goes_on)
+        done.accepted, done.emitted = len(path), len(emitted)
 
 
 def serves() -> bool:
@@ -301,18 +301,17 @@ def serves() -> bool:
 
 
 @functools.cache
-def _function() -> Any:
-    """Returns `multi_step` of the C code; Python's lock is free while it runs."""
-    run = library(_SOURCE).multi_step
-    structs = (TargetStruct, DrafterStruct, AllowanceStruct, TextStruct, RecordStruct)
-    *given, record = map(ctypes.POINTER, structs)
-    run.argtypes = [*given, ctypes.c_int64, record, _JUDGE]
-    run.restype = ctypes.c_int64
-    return run
+def _functions() -> tuple[Any, Any]:
+    """Returns `multi_step` and `multi_step_end`; they keep Python's lock but for the passes."""
+    loaded: Any = ctypes.PyDLL(library(_SOURCE)._name)
+    going = ctypes.POINTER(GoingStruct)
+    loaded.multi_step.argtypes, loaded.multi_step.restype = [going, ctypes.c_int], ctypes.c_int
+    loaded.multi_step_end.argtypes, loaded.multi_step_end.restype = [going], None
+    return loaded.multi_step, loaded.multi_step_end
 
 
 def structure_sizes() -> list[int]:
     """Returns what `step_structs` must agree with: bytes of structures, and limits."""
-    sizes = (ctypes.c_int64 * 8)()
+    sizes = (ctypes.c_int64 * 9)()
     library(_SOURCE).multi_step_sizes(sizes)
     return list(sizes)

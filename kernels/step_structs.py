@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from specdec.kernels.drafting import MOST_MIXED, PlanStruct, TrustStruct
+from specdec.kernels.drafting import MOST_MIXED, PlanStruct, TreeStruct, TrustStruct
 from specdec.kernels.layer_structs import NodesStruct, PassStruct
 
 MOST_NODES = 128  # of a tree, its root included
@@ -19,6 +19,7 @@ class TargetStruct(ctypes.Structure):
     """`struct target`."""
 
     _fields_ = (
+        *((name, _POINTER) for name in ("give_lock", "take_lock")),
         *((name, _POINTER) for name in ("decoder", "layers", "ends", "keys", "values", "room")),
         ("shared", PassStruct),
         ("nodes", NodesStruct),
@@ -53,7 +54,7 @@ class AllowanceStruct(ctypes.Structure):
         ("drafting", _REAL),
         *((name, _POINTER) for name in ("edges", "shares")),
         ("num_edges", _LONG),
-        *((name, _REAL) for name in ("gain", "rate")),
+        *((name, _REAL) for name in ("gain", "rate", "time")),
     )
 
 
@@ -85,4 +86,29 @@ class RecordStruct(ctypes.Structure):
         ("rows", _LONG),
         *((name, _POINTER) for name in ("tokens", "parents", "paths", "emitted", "chances")),
         *((name, _POINTER) for name in ("logits", "top_logits", "top_ids")),
+    )
+
+
+class _LawsStruct(ctypes.Structure):
+    """`struct laws`."""
+
+    _fields_ = (("sources", _POINTER * MOST_MIXED), ("law", _POINTER))
+
+
+class GoingStruct(ctypes.Structure):
+    """`struct going`."""
+
+    _fields_ = (
+        ("target", ctypes.POINTER(TargetStruct)),
+        ("drafter", ctypes.POINTER(DrafterStruct)),
+        ("allowance", ctypes.POINTER(AllowanceStruct)),
+        ("record", ctypes.POINTER(RecordStruct)),
+        ("text", TextStruct),
+        *((name, _LONG) for name in ("start", "judged", "waiting", "count", "row")),
+        *((name, _REAL) for name in ("begun", "gain")),
+        ("laws", _LawsStruct),
+        ("tree", _POINTER),
+        ("alone", TreeStruct),
+        *((name, _INT) for name in ("no_parent", "no_handle")),
+        ("no_chance", _REAL),
     )

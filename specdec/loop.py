@@ -103,7 +103,7 @@ class DecodeLoop:
             )
             for index, (item, row_streams) in enumerate(zip(inputs, streams, strict=True))
         ]
-        self._several = MultiStep.of(call, self.rows, parts, target, stats, positions, self._verify)
+        self._several = MultiStep.of(call, self.rows, parts, target, stats, self._verify)
         # rows in the order of the cache; the active ones come first
         self.places = list(self.rows)
         if not any(target.lengths):
@@ -120,6 +120,8 @@ class DecodeLoop:
 
     def steps(self) -> Iterator[list[Step]]:
         """Yields, for every step, what became of each row that was active in it.
+
+        Of a lone row several steps may come together, in their order.
 
         Before an error, the tokens that were text when it was raised.
         """

@@ -6,6 +6,7 @@ automatic budgets learn: of some steps together, a few later.
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from specdec.backend.support import PositionLimit
 from specdec.budget.base import Allowance
 from specdec.call import Call
 from specdec.drafters.native_drafter import NativeDrafter, has_native
@@ -67,7 +67,6 @@ class MultiStep:
         parts: of the loop.
         target: with a cache of one row.
         stats: of the call.
-        positions: where the text must end; None where positions are open-ended.
         limits: of the trees; None where these are Python's.
         verify: asked in every step; None where the likeliest tokens are taken.
     """
@@ -77,14 +76,12 @@ class MultiStep:
         parts: Parts,
         target: TargetModel,
         stats: DecodeStats,
-        positions: PositionLimit | None,
         limits: Limits | None,
         verify: Verify | None,
     ) -> None:
         self._parts = parts
         self._target = target
         self._stats = stats
-        self._positions = positions
         self._limits = limits
         self._verify = verify
         needs = parts.drafter.needs if parts.drafter is not None else None
@@ -99,7 +96,6 @@ class MultiStep:
         parts: Parts,
         target: TargetModel,
         stats: DecodeStats,
-        positions: PositionLimit | None,
         verify: Verify,
     ) -> MultiStep | None:
         """Returns what may run steps of a call; None where each must be asked for.
@@ -109,12 +105,14 @@ class MultiStep:
         """
         if len(rows) != 1 or len(rows[0].stopper.eos_token_ids) > MOST_ENDS:
             return None
+        if rows[0].positions is not None:  # which angles or a table then follow
+            return None
         drafter = parts.drafter
         if drafter is not None and drafter.needs.every_step:
             return None
         likeliest = call.greedy and type(parts.verifier) in (Coupled, Match)
         asks = None if likeliest and not _is_looked_at(rows[0]) else verify
-        return cls(parts, target, stats, positions, _limits(call, rows[0], parts), asks)
+        return cls(parts, target, stats, _limits(call, rows[0], parts), asks)
 
     def run(self, row: Row, steps: list[Step]) -> bool:
         """Runs some steps; returns False if the next one must be asked for.
@@ -124,10 +122,12 @@ class MultiStep:
             steps: so far; those run are added, also before an error.
         """
         most = self._most_steps()
-        target = self._target.of_row(self._top_k, self._most_nodes) if most >= _FEWEST else None
-        if target is None:
+        if most < _FEWEST:
             return False
         with self._stats.timed("draft"):
+            target = self._target.of_row(self._top_k, self._most_nodes)
+            if target is None:
+                return False
             start = self._target.lengths[0]
             ahead: Allowance | None = _PLAIN
             if self._parts.drafter is not None:
@@ -142,10 +142,13 @@ class MultiStep:
             allowance = self._allowance(row, ahead, min(most, ahead.steps or most))
             text, first = self._text(row), len(steps)
         judge = None if self._verify is None else partial(self._judge, row, steps)
-        done, error = target.run(
-            text, start, allowance, None if drafter is None else drafter.struct, judge
-        )
+        begin, before = time.perf_counter(), sum(self._stats.seconds.values())
+        struct = None if drafter is None else drafter.struct
+        done, error = target.run(text, start, allowance, struct, judge)
         self._count(done)
+        counted = sum(self._stats.seconds.values()) - before
+        # what is around the steps: to make room for them, and to hand them over
+        self._stats.seconds["draft"] += time.perf_counter() - begin - counted
         with self._stats.timed("verify"):
             if judge is None:
                 self._commit(row, done, steps)
@@ -155,11 +158,11 @@ class MultiStep:
         return len(done) > 0
 
     def _most_steps(self) -> int:
-        """Returns how many fit the time; that of one is not known before there was a pass."""
-        passes = self._stats.target_passes
+        """Returns how many fit the time; that of one is not known before there was a step."""
+        passes, seconds = self._stats.target_passes, self._stats.seconds
         if not passes:
             return 0
-        mean = self._stats.seconds["target"] / passes
+        mean = (sum(seconds.values()) - seconds["prefill"]) / passes
         return min(MOST_STEPS, int(_SECONDS / mean))
 
     def _drafter(self, row: Row, ahead: Allowance) -> NativeDrafter | None:
@@ -171,8 +174,6 @@ class MultiStep:
     def _text(self, row: Row) -> RowText:
         remaining = row.stopper.remaining(row.prefix.length)
         remaining = _NO_LIMIT if remaining is None else remaining
-        if self._positions is not None:
-            remaining = min(remaining, self._positions.num_positions - row.root_position)
         before = row.tokens[-2] if len(row.tokens) > 1 else -1
         ends = tuple(row.stopper.eos_token_ids)
         return RowText(before, row.tokens[-1], row.root_position, remaining, ends)
@@ -202,6 +203,7 @@ class MultiStep:
             num_edges=len(ahead.edges),
             gain=ahead.gain,
             rate=ahead.rate,
+            time=_SECONDS,
         )
         struct.kept = reals  # what the pointers point to
         return struct
@@ -255,8 +257,7 @@ class MultiStep:
         steps: Sequence[Step],
     ) -> None:
         """Tells cache, budget and drafter what became text."""
-        context = self._target.lengths[0]
-        self._target.cache.advance([sum(len(step.tokens) for step in steps)])
+        context = start = self._target.lengths[0]
         told: list[int] = []
         for own, step in zip(done, steps, strict=False):  # those behind the text's end are nothing
             if self._parts.drafter is not None:
@@ -265,6 +266,7 @@ class MultiStep:
             context += len(step.tokens)
             if own.levels >= 0:
                 told += step.tokens
+        self._target.cache.advance([context - start])
         if drafter is not None:
             drafter.came(told)
 

@@ -33,7 +33,7 @@ class Step:
         tree: the scored tree.
         path: accepted nodes that became text, root not included.
         logits: ``[N, V]`` raw logits at the tree's nodes, in the model's dtype; as long as a step
-            is kept, so are they.
+            is kept, so are they, and those of steps that came together with it.
     """
 
     row: int

@@ -256,7 +256,7 @@ class TargetModel:
         kernel = self._backend.tree_attention is not None
         if direct is None or looked_at or kernel or self._captured is not None:
             return None
-        if cache.pool_rows > 1 or not direct.serves(_ONE_TOKEN, None):
+        if not direct.serves(_ONE_TOKEN, None):
             return None
         asked = direct, cache.generation, top_k, most_nodes
         if asked != self._asked_of_row:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +31,8 @@ from specdec.row_text import Step
 from specdec.testing.wrong import AlwaysWrong
 from specdec.trees import BestFirst, CoupledBestFirst
 from specdec.trees.tree import DraftTree
-from specdec.types import StepOutcome
+from specdec.types import StepOutcome, Verdict
+from specdec.verifiers import Match
 
 pytestmark = [
     pytest.mark.skipif(why_not_native() is not None, reason=f"no native code: {why_not_native()}"),
@@ -198,7 +203,7 @@ class Ends(StoppingCriteria):
         return torch.tensor([input_ids.shape[1] >= self.length])
 
 
-@pytest.mark.parametrize("what", ["length", "eos", "criterion", "positions"])
+@pytest.mark.parametrize("what", ["length", "eos", "criterion"])
 @pytest.mark.parametrize("drafter", [None, "hybrid"])
 def test_texts_end_where_they_must(
     drafter: str | None, what: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
@@ -209,16 +214,14 @@ def test_texts_end_where_they_must(
         .generate(tiny.ids(tiny.prompt(8)), max_new_tokens=50, do_sample=False)[0, 8:]
         .tolist()
     )
-    overrides: dict[str, Any] = {"max_position_embeddings": 41} if what == "positions" else {}
     endings: dict[str, dict[str, Any]] = {
         "length": {"max_new_tokens": 33},
         "eos": {"max_new_tokens": 50, "eos_token_id": [written[31], written[20]]},
         "criterion": {"max_new_tokens": 50, "stopping_criteria": [Ends(8 + 29)]},
-        "positions": {"max_new_tokens": 50},
     }
     texts, reasons = [], []
-    for _ in range(2):
-        generator = generator_of(drafter, node_budget=7, overrides=overrides)
+    for way in range(2):
+        generator = generator_of(drafter, node_budget=7)
         for _ in range(3):
             steps = generator.trace(tiny.ids(tiny.prompt(8)), do_sample=False, **endings[what])
             texts.append([(step.tokens, step.path, step.tree.token_list) for step in steps])
@@ -226,13 +229,12 @@ def test_texts_end_where_they_must(
             row = generator.stats.rows[0]
             reasons.append((row.finish_reason, row.num_generated, row.num_accepted))
         assert generator.drafter is None or generator.drafter._laws == {}  # type: ignore[attr-defined]
-        if lengths:
-            assert max(lengths) > 3
-            lengths.clear()
-            one_by_one(monkeypatch)
+        assert (max(lengths, default=0) > 3) == (way == 0)
+        lengths.clear()
+        one_by_one(monkeypatch)
     assert texts[:3] == texts[3:]
     assert reasons[:3] == reasons[3:]
-    assert sum(len(tokens) for tokens, *_ in texts[0]) < 50 or what == "positions"
+    assert sum(len(tokens) for tokens, *_ in texts[0]) < 50
 
 
 def test_processors_are_asked_as_in_steps_one_by_one(
@@ -308,17 +310,53 @@ def test_numbers_that_are_none_are_told_of_by_the_step_they_come_in(lengths: lis
     assert text == written[: place + 1]
 
 
-def test_guesses_that_are_no_tokens_are_told_of(
-    lengths: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_guesses_that_are_no_tokens_are_told_of(lengths: list[int]) -> None:
+    """By the step that C code leaves out."""
     drafter = TokenRecycling()
     generator = generator_of(drafter, node_budget=4)
+    steps = generator.trace(tiny.ids(tiny.prompt(8)), max_new_tokens=200, do_sample=False)
+    for _ in range(6):
+        next(steps)
     drafter._successors[:, 0] = tiny.VOCAB
-    drafter._log_shares[:, 0] = 0.0
-    monkeypatch.setattr(drafter, "observe", lambda _: None)
     with pytest.raises(ConfigError, match="guessed token"):
-        generator.generate(tiny.ids(tiny.prompt(8)), max_new_tokens=20, do_sample=False)
-    generator.stats = None
+        list(steps)
+    assert lengths[0] > 3
+    assert lengths[-1] == 0
+
+
+def test_an_interrupt_within_a_pass_ends_the_call(lengths: list[int]) -> None:
+    """It is raised wherever it comes, and what was text by then has come."""
+    for judged in (False, True):
+        generator = generator_of("trigram", node_budget=2)
+        arguments = {"logits_processor": [Scores(most=1_000_000)]} if judged else {}
+        text: list[int] = []
+        stream = generator.stream(
+            tiny.ids(tiny.prompt(8)), max_new_tokens=100_000, do_sample=False, **arguments
+        )
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            streamed(stream, text)
+        timer.join()
+        assert generator.stats is not None
+        assert generator.stats.rows[0].num_generated >= len(text) > 32
+        again = generator.generate(tiny.ids(tiny.prompt(8)), max_new_tokens=30, do_sample=False)
+        assert again[0, 8:].tolist() == text[:30]
+    assert max(lengths) > 3
+
+
+class BadPath(Match):
+    """A rule of somebody else's that is wrong."""
+
+    def verify(self, *args: Any) -> Verdict:
+        path, token = super().verify(*args)
+        return Verdict([*path[:-1], -1], token) if path else Verdict(path, token)
+
+
+def test_paths_of_rules_are_looked_at() -> None:
+    generator = generator_of("trigram", policy="best_first", verifier=BadPath(), node_budget=4)
+    with pytest.raises((ValueError, IndexError, ConfigError)):
+        traced(generator, do_sample=False)
 
 
 def test_a_conversation_goes_on_with_its_cache(
@@ -348,8 +386,43 @@ def test_a_conversation_goes_on_with_its_cache(
     assert torch.equal(texts[0], generator.generate(longer, max_new_tokens=30, do_sample=False))
 
 
+@pytest.mark.parametrize("drafter", [None, "hybrid"])
+def test_caches_grow_between_calls_of_c_code(
+    drafter: str | None, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache that is full ends the steps; an ordinary one makes room, at another place."""
+    monkeypatch.setattr("specdec.session._INITIAL_ROOM", 4)
+    generator = generator_of(drafter, node_budget=6)
+    prompt = tiny.ids(tiny.prompt(8))
+    expected = generator.model.generate(prompt, max_new_tokens=120, do_sample=False, pad_token_id=0)
+    assert torch.equal(generator.generate(prompt, max_new_tokens=120, do_sample=False), expected)
+    assert lengths.count(0) > 2
+    assert max(lengths) > 3
+
+
+def test_slow_processors_make_calls_short(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens stream at the end of a call, which counts what others take in it."""
+
+    class Slow(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            time.sleep(0.004)
+            return scores
+
+    monkeypatch.setattr(multi_step, "_SECONDS", 0.02)
+    generator_of(None).generate(
+        tiny.ids(tiny.prompt(8)), max_new_tokens=30, do_sample=False, logits_processor=[Slow()]
+    )
+    assert 1 < max(lengths) < 6
+
+
 class Subclass(BestFirst):
     """A policy of somebody else's, of which nothing is known."""
+
+
+class SubclassOfTrigram(Trigram):
+    """A drafter of somebody else's."""
 
 
 @pytest.mark.parametrize(
@@ -360,6 +433,8 @@ class Subclass(BestFirst):
         {"drafter": PromptLookup()},
         {"drafter": Hybrid([Suffix(), PromptLookup()])},
         {"drafter": EarlyExit(1)},
+        {"drafter": Hybrid([Hybrid([Suffix(), Trigram()]), TokenRecycling()])},
+        {"drafter": SubclassOfTrigram()},
         {"drafter": AlwaysWrong()},
         {"node_budget": 200},
         {"tree_attention": "torch"},
@@ -409,6 +484,7 @@ def test_structures_are_those_of_the_c_code() -> None:
     structures = (
         *(step_structs.TargetStruct, step_structs.DrafterStruct, step_structs.AllowanceStruct),
         *(step_structs.TextStruct, step_structs.DoneStruct, step_structs.RecordStruct),
+        step_structs.GoingStruct,
     )
     numbers = [step_structs.MOST_NODES, step_structs.MOST_ENDS]
     assert structure_sizes() == [*map(ctypes.sizeof, structures), *numbers]
@@ -517,6 +593,7 @@ def test_c_code_cuts_where_a_budget_does(seed: int, lengths: list[int]) -> None:
         allowance.seconds, allowance.most = ctypes.addressof(seconds), count - 1
         allowance.edges, allowance.shares = ctypes.addressof(edges), ctypes.addressof(shares)
         allowance.num_edges, allowance.drafting, allowance.gain = 3, 0.1, 1e9
+        allowance.least = count - 1  # all are scored, so that all are known
         ran = run(self, text, start, allowance, drafter, *rest)
         for done in ran.steps:
             whole.append((done, (list(seconds), list(edges), list(shares))))
@@ -535,8 +612,7 @@ def test_c_code_cuts_where_a_budget_does(seed: int, lengths: list[int]) -> None:
         gains = [shares[int(np.searchsorted(edges, chance))] for chance in paths[1:]]
         emitted = np.concatenate([[1.0], 1.0 + np.cumsum(gains)])
         rates = emitted / (0.1 + np.array(seconds[: len(emitted)]))
-        # what was cut off is not known, but that what was kept was worth it
-        assert int(rates.argmax()) == done.width == len(tree) - 1
+        assert int(rates.argmax()) == done.width
         assert done.expected == pytest.approx(emitted[done.width])
         widths.add(done.width)
     assert len(widths) > 1

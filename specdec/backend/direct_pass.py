@@ -79,6 +79,7 @@ class DirectPass:
         self._places = tuple(layer.place for layer in layers)
         self._window = window
         self._angles = Angles(body.rotary_emb)
+        self._several = serves()
         around = [model, body, model.lm_head, *(getattr(body, name) for name in _OF_BODY)]
         own = AsFound.of([*around, *(layer.layer for layer in layers)], weights)
         self._found = AsFound.joined([own, *(layer.found for layer in layers)])
@@ -93,7 +94,8 @@ class DirectPass:
     def look(self) -> None:
         """Looks whether the model is as it was found: before a call, as it costs what a norm does.
 
-        Within a call hooks are noticed, training, gradients, autocast and another attention.
+        Within a call hooks are noticed, training, gradients, autocast and another attention; where
+        several steps run (`of_row`), before the first of them.
         """
         self._as_found = self._found.holds()
         self._hooks_so_far = RemovableHandle.next_id
@@ -127,7 +129,7 @@ class DirectPass:
         most = self._decoder.most_selected
         cos, sin = self._angles.of(self._embedding, _NOWHERE, cache.capacity)
         fits = 0 < top_k <= most and cos.dim() == 2 and most_nodes <= MOST_NODES
-        if self._window is not None or not fits or not serves():
+        if self._window is not None or not fits or not self._several:
             return None
         layers = cache.of_layers(self._places)
         return RowDecoder(self._decoder, layers, cos, sin, top_k=top_k, most_nodes=most_nodes)

@@ -19,6 +19,9 @@ from specdec.types import Budget, StepOutcome
 _FIRST_NODES = 4
 _FEWEST_GROWN = 8
 _PLAIN_PASSES = 4  # of a pause, one of which is noted: they are alike
+# seconds that a step takes longer if it is not one of several (`specdec.multi_step`): learning from
+# a step of a pause is one that Python takes
+_INTERRUPTION = 1.5e-4
 _SLOPE_NODES = 8  # over which the cost of a node more is taken
 _NOTHING = Budget(0, 0)
 _HOPEFUL = 0.5  # of what a node costs it must be worth to be grown; what is scored is weighed again
@@ -162,11 +165,11 @@ class AutoBudget:
 
     def ahead(self, row: int, context: float, *, drafts: bool) -> Allowance | None:
         """Returns what holds until the next pause, or to the end of this one."""
-        if not self._follows:
+        if not self._follows or type(self) is not AutoBudget:
             return None  # how many steps go by without being learned from is a matter of the clock
         if self._pauses.paused:
             self._asked = False
-            steps = self._pauses.quiet(self._clock.plain_learn_seconds, self._plain_seconds)
+            steps = self._pauses.quiet(self._plain_learn_seconds, self._plain_seconds)
             return Allowance(_NOTHING, steps)
         if not drafts:
             return None
@@ -191,7 +194,7 @@ class AutoBudget:
         """Notes what `cut`, `scored`, `observe` and `learned` do of a step."""
         if ahead.seconds is None:
             self._pauses.skip()
-            self._pauses.learns(self._clock.plain_learn_seconds, self._plain_seconds)
+            self._pauses.learns(self._plain_learn_seconds, self._plain_seconds)
         else:
             self._clock.drafted(max(1, done.levels), done.drafting)
             grown = done.levels > 0
@@ -214,7 +217,7 @@ class AutoBudget:
         """Returns False in most steps of a long pause, where learning costs and brings nothing."""
         if self._asked:
             return True
-        return self._pauses.learns(self._clock.plain_learn_seconds, self._plain_seconds)
+        return self._pauses.learns(self._plain_learn_seconds, self._plain_seconds)
 
     def observe(self, outcome: StepOutcome) -> None:
         """Counts which of the scored nodes became text."""
@@ -235,6 +238,11 @@ class AutoBudget:
         """Drops a row's own record; another text may come, which is worth a try."""
         self._chances.stop(row)
         self._pauses.resume()
+
+    @property
+    def _plain_learn_seconds(self) -> float:
+        """What it takes to learn from a step of a pause."""
+        return self._clock.plain_learn_seconds + _INTERRUPTION
 
     def _deepest(self) -> int:
         """Returns the levels that are worth a draft call each; all where costs are given."""

@@ -148,8 +148,10 @@ class FixedBudget:
         """Has no use for it."""
 
     def ahead(self, row: int, context: float, *, drafts: bool) -> Allowance | None:
-        """Returns the number, for any number of steps."""
-        return Allowance(Budget(self.max_nodes, self.max_nodes)) if drafts else None
+        """Returns the number, for any number of steps; None where a subclass may want others."""
+        if not drafts or type(self) is not FixedBudget:
+            return None
+        return Allowance(Budget(self.max_nodes, self.max_nodes))
 
     def went(self, ahead: Allowance, done: DoneStep, outcome: StepOutcome, context: float) -> None:
         """Learns nothing."""
