@@ -11,6 +11,7 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -253,12 +254,22 @@ class RowDecoder:
         except BaseException as raised:  # noqa: BLE001 (the caller raises it)
             error = raised
             leave_out(going)
+        return Ran(self._steps(self._done[: going.count], logits), error)
+
+    def _steps(self, finished: Sequence[DoneStruct], logits: Tensor) -> list[DoneStep]:
+        sizes = [done.nodes for done in finished]
+        tokens, parents, paths, emitted = self._lists
         steps, row = [], 0
-        _, _, paths, emitted = self._lists
-        for done in self._done[: going.count]:
+        for done, own in zip(finished, logits[: sum(sizes)].split(sizes), strict=True):
+            end = row + done.nodes
             steps.append(
                 DoneStep(
-                    self._scored(row, done.nodes, logits),
+                    ScoredTree(
+                        tokens[row:end].tolist(),
+                        parents[row:end].tolist(),
+                        self._chances[row:end].tolist(),
+                        own,
+                    ),
                     paths[row : row + done.accepted].tolist(),
                     emitted[row : row + done.emitted].tolist(),
                     done.levels,
@@ -269,8 +280,8 @@ class RowDecoder:
                     done.learning,
                 )
             )
-            row += done.nodes
-        return Ran(steps, error)
+            row = end
+        return steps
 
     def _scored(self, row: int, nodes: int, logits: Tensor) -> ScoredTree:
         """Returns the tree whose nodes stand in the record from `row` on."""
@@ -282,8 +293,9 @@ class RowDecoder:
 
     def _note(self, step: int, row: int, nodes: int, judged: Judged) -> None:
         """Writes down what was decided about it."""
-        path, emitted = list(judged.path), list(judged.emitted)
-        if path != sorted(set(path) & set(range(1, nodes))) or not 0 < len(emitted) <= nodes:
+        path, emitted = judged.path, judged.emitted
+        rises = all(low < high for low, high in pairwise((0, *path, nodes)))
+        if not rises or not 0 < len(emitted) <= nodes:
             raise ValueError(
                 f"expected a path of rising nodes below {nodes} and 1 to {nodes} tokens; got "
                 f"{path} and {emitted}"
