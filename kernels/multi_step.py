@@ -260,7 +260,7 @@ class RowDecoder:
         sizes = [done.nodes for done in finished]
         tokens, parents, paths, emitted = self._lists
         steps, row = [], 0
-        for done, own in zip(finished, logits[: sum(sizes)].split(sizes), strict=True):
+        for done, own in zip(finished, torch.split(logits[: sum(sizes)], sizes), strict=True):
             end = row + done.nodes
             steps.append(
                 DoneStep(
