@@ -248,7 +248,7 @@ class RowDecoder:
             while waits:
                 assert judge is not None
                 nodes = self._done[going.count].nodes
-                judged = judge(self._scored(going.row, nodes, logits))
+                judged = judge(self._scored(going.row, logits[going.row : going.row + nodes]))
                 self._note(going.count, going.row, nodes, judged)
                 waits = go_on(going, int(judged.goes_on))
         except BaseException as raised:  # noqa: BLE001 (the caller raises it)
@@ -258,18 +258,12 @@ class RowDecoder:
 
     def _steps(self, finished: Sequence[DoneStruct], logits: Tensor) -> list[DoneStep]:
         sizes = [done.nodes for done in finished]
-        tokens, parents, paths, emitted = self._lists
+        _, _, paths, emitted = self._lists
         steps, row = [], 0
         for done, own in zip(finished, torch.split(logits[: sum(sizes)], sizes), strict=True):
-            end = row + done.nodes
             steps.append(
                 DoneStep(
-                    ScoredTree(
-                        tokens[row:end].tolist(),
-                        parents[row:end].tolist(),
-                        self._chances[row:end].tolist(),
-                        own,
-                    ),
+                    self._scored(row, own),
                     paths[row : row + done.accepted].tolist(),
                     emitted[row : row + done.emitted].tolist(),
                     done.levels,
@@ -280,15 +274,15 @@ class RowDecoder:
                     done.learning,
                 )
             )
-            row = end
+            row += done.nodes
         return steps
 
-    def _scored(self, row: int, nodes: int, logits: Tensor) -> ScoredTree:
-        """Returns the tree whose nodes stand in the record from `row` on."""
-        own = slice(row, row + nodes)
+    def _scored(self, row: int, logits: Tensor) -> ScoredTree:
+        """Returns the tree of these logits, whose nodes stand in the record from `row` on."""
+        own = slice(row, row + len(logits))
         tokens, parents, *_ = self._lists
         return ScoredTree(
-            tokens[own].tolist(), parents[own].tolist(), self._chances[own].tolist(), logits[own]
+            tokens[own].tolist(), parents[own].tolist(), self._chances[own].tolist(), logits
         )
 
     def _note(self, step: int, row: int, nodes: int, judged: Judged) -> None:
