@@ -33,7 +33,7 @@ def keyed_argmax(scores: Tensor, seed: int, row: int, position: int) -> int:
         scores = scores.float()
     raw = scores.detach().numpy()
     if raw.dtype == np.float32 and philox_native.serves():
-        place = philox_native.choice(seed, row, position, raw, near=_NEAR, slack=_SLACK)
+        place = philox_native.choice(seed, row, position, raw)
         return keyed_argmax_reference(scores, seed, row, position) if place < 0 else place
     support, words = _candidates(seed, row, position, raw)
     if len(support) == 1:

@@ -3,10 +3,9 @@
  * Behind a pass, which leaves nothing else in the caches, Python takes a tenth of what the pass took
  * for what are some microseconds of work. The parts are those that Python's steps call one by one.
  */
-#include <time.h>
-
 #include "drafter.h"
 #include "pass.h"
+#include "token_choice.h"
 
 enum { MOST_NODES = 128, MOST_ENDS = 16 };
 
@@ -57,7 +56,7 @@ struct done {
     int64_t levels;  /* of the tree before it was cut; -1: no law was asked */
     int64_t width;   /* draft nodes that give the most tokens a second */
     double expected; /* tokens with these, by the shares */
-    double drafting, scoring, learning; /* seconds */
+    double drafting, scoring, processing, choosing, learning; /* seconds; of choosing where C does */
 };
 
 /* Room for steps and for `rows` nodes. */
@@ -77,10 +76,10 @@ struct going {
     const struct target *target;
     struct drafter *drafter;
     const struct allowance *allowance;
+    const struct choosing *choosing;
     struct record *record;
     struct text text;
     int64_t start; /* slot of the row's last token */
-    int64_t judged; /* 1: others decide about every tree, in place of `choose` */
     /* from here on set by the steps; zero at first */
     int64_t waiting;    /* whether a tree is scored that is to be decided about */
     int64_t count, row; /* steps that were finished, and their nodes */
@@ -90,12 +89,6 @@ struct going {
     int32_t no_parent, no_handle;
     double no_chance;
 };
-
-static double now(void) {
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
 
 /* Cuts a tree, whose nodes stand by their chances, to those that give the most tokens a second. */
 static void cut(const struct allowance *a, struct tree *tree, struct done *step) {
@@ -162,20 +155,39 @@ static int ends_with(const struct text *text, int32_t token) {
     return 0;
 }
 
-/* Follows the likeliest tokens down the tree. Returns whether the text may go on; -1 if there is a
- * node behind which no token can be chosen. */
-static int choose(const struct tree *tree, const struct text *text, const struct record *r,
-                  int64_t row, int64_t top_k, struct done *step) {
-    for (int64_t node = 0; node >= 0;) {
-        const int64_t place = (row + node) * top_k;
-        const int32_t token = (int32_t)r->top_ids[place];
-        if (!(r->top_logits[place] > -INFINITY)) return -1;
-        r->emitted[row + step->emitted++] = token;
-        node = child_with(tree, node, token);
-        if (node >= 0) r->paths[row + step->accepted++] = (int32_t)node;
-        if (ends_with(text, token) || step->emitted == text->remaining) return 0;
+/* The target's token behind a node at a place of the record; below 0 where others must choose. */
+static int64_t token_at(const struct going *g, int64_t place, int64_t position, double *processing) {
+    const struct record *r = g->record;
+    const int64_t width = g->target->vocabulary, top_k = g->target->nodes.top_k;
+    const float largest = r->top_logits[place * top_k];
+    if (g->choosing->way == LIKELIEST) return largest > -INFINITY ? r->top_ids[place * top_k] : -1;
+    return sampled(g->choosing, r->logits + place * width, width, largest, position, processing);
+}
+
+/* Follows the chosen tokens down the tree. Returns whether the text may go on; -1 where others must
+ * decide about the tree. */
+static int choose(struct going *g) {
+    const struct tree *tree = g->tree;
+    const struct text *text = &g->text;
+    struct done *step = g->record->steps + g->count;
+    int32_t *path = g->record->paths + g->row, *emitted = g->record->emitted + g->row;
+    const double begin = now();
+    double processing = 0;
+    int going = g->choosing->way == JUDGED ? -1 : 1;
+    for (int64_t node = 0; node >= 0 && going > 0;) {
+        const int64_t position = text->position + step->emitted + 1;
+        const int64_t token = token_at(g, g->row + node, position, &processing);
+        if (token < 0) {
+            going = -1;
+            break;
+        }
+        emitted[step->emitted++] = (int32_t)token;
+        node = child_with(tree, node, (int32_t)token);
+        if (node >= 0) path[step->accepted++] = (int32_t)node;
+        if (ends_with(text, (int32_t)token) || step->emitted == text->remaining) going = 0;
     }
-    return 1;
+    step->processing = processing, step->choosing = now() - begin - processing;
+    return going;
 }
 
 /* Moves keys and values of the accepted nodes together, behind the root's. */
@@ -279,10 +291,9 @@ void multi_step_end(struct going *g) {
 }
 
 /* Runs steps until there is no room for a larger tree, the text ends, drafts no longer pay or the
- * time is over. Returns 1 where a tree is to be decided about first: whoever did so calls again, with
- * `going` as `choose` returns it. */
+ * time is over. Returns 1 where others must decide about a tree first: whoever did so calls again,
+ * with `going` as `choose` returns it. */
 int multi_step(struct going *g, int going) {
-    const int64_t top_k = g->target->nodes.top_k;
     if (!g->waiting) g->begun = now(), g->gain = g->allowance->gain;
     for (;;) {
         if (g->waiting) {
@@ -291,12 +302,21 @@ int multi_step(struct going *g, int going) {
         }
         if (!begin_step(g)) break;
         g->waiting = 1;
-        if (g->judged) return 1;
-        going = choose(g->tree, &g->text, g->record, g->row, top_k, g->record->steps + g->count);
-        if (going < 0) break;
+        going = choose(g);
+        if (going < 0) return 1;
     }
     multi_step_end(g);
     return 0;
+}
+
+/* A single choice, by the logits of one node. */
+int64_t multi_step_sampled(const struct choosing *choosing, const float *logits, int64_t width,
+                           int64_t position) {
+    float largest;
+    int64_t id;
+    double processing = 0;
+    top_k(logits, width, 1, &largest, &id);
+    return sampled(choosing, logits, width, largest, position, &processing);
 }
 
 /* What Python must agree with. */
@@ -304,7 +324,8 @@ void multi_step_sizes(int64_t *sizes) {
     const int64_t own[] = {
         sizeof(struct target), sizeof(struct drafter), sizeof(struct allowance),
         sizeof(struct text),   sizeof(struct done),    sizeof(struct record),
-        sizeof(struct going),  MOST_NODES,             MOST_ENDS,
+        sizeof(struct going),  sizeof(struct choosing),
+        MOST_NODES,            MOST_ENDS,              MOST_K,
     };
     memcpy(sizes, own, sizeof own);
 }

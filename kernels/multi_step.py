@@ -27,6 +27,7 @@ from specdec.kernels.step_structs import (
     MOST_NODES,
     MOST_STEPS,
     AllowanceStruct,
+    ChoosingStruct,
     DoneStruct,
     DrafterStruct,
     GoingStruct,
@@ -64,13 +65,20 @@ class ScoredTree(NamedTuple):
         tokens: of the nodes; this and the next as in `DraftTree`.
         parents: of the nodes.
         chances: of the nodes.
-        logits: ``[N, V]`` float32.
+        rows: ``[R, V]`` float32 logits, of this tree and others.
+        first: the row of the root; those of the other nodes follow.
     """
 
     tokens: list[int]
     parents: list[int]
     chances: list[float]
-    logits: Tensor
+    rows: Tensor
+    first: int
+
+    @property
+    def logits(self) -> Tensor:
+        """``[N, V]`` of this tree; a view, made when it is asked for, as few are looked at."""
+        return self.rows[self.first : self.first + len(self.tokens)]
 
 
 class Judged(NamedTuple):
@@ -100,7 +108,9 @@ class DoneStep(NamedTuple):
         expected: tokens that these were expected to give.
         drafting: seconds of growing and cutting.
         scoring: seconds of the pass.
-        learning: seconds of what came behind the choice.
+        processing: seconds of temperature and truncations; this and the next where C code chose.
+        choosing: seconds of the choice beside them.
+        learning: seconds of what came behind it.
     """
 
     scored: ScoredTree
@@ -111,6 +121,8 @@ class DoneStep(NamedTuple):
     expected: float
     drafting: float
     scoring: float
+    processing: float
+    choosing: float
     learning: float
 
 
@@ -196,6 +208,7 @@ class RowDecoder:
         self._lists = [array("i", bytes(4 * rows)) for _ in range(4)]
         self._chances = array("d", bytes(8 * rows))
         self._tops = array("f", bytes(4 * rows * top_k)), array("q", bytes(8 * rows * top_k))
+        self._scores = torch.empty(decoder.width, dtype=torch.float32)
         self._done = (DoneStruct * MOST_STEPS)()
         lists = [own.buffer_info()[0] for own in self._lists]
         chances = self._chances.buffer_info()[0]
@@ -209,7 +222,8 @@ class RowDecoder:
         start: int,
         allowance: AllowanceStruct,
         drafter: DrafterStruct | None,
-        judge: Callable[[ScoredTree], Judged] | None = None,
+        choosing: ChoosingStruct,
+        judge: Callable[[list[DoneStep], ScoredTree], Judged],
     ) -> Ran:
         """Runs steps, as many as the allowance says or fewer; returns what came of each.
 
@@ -221,7 +235,9 @@ class RowDecoder:
             start: slot of its last token.
             allowance: what is grown and scored; up to `MOST_STEPS` steps.
             drafter: that guesses; None where the allowance has no nodes. It learns.
-            judge: decides about every tree; None for the likeliest tokens.
+            choosing: how C code chooses tokens; its `room` is set here.
+            judge: decides about a tree where C code may not or cannot, after it was told of the
+                steps that C code decided about since the last one.
         """
         rows = min(self._rows, allowance.plan.nodes + 1 + 3 * allowance.steps)
         record, struct = self._record, self._struct
@@ -232,58 +248,70 @@ class RowDecoder:
         given = TextStruct(
             text.before, text.root, text.position, text.remaining, ends, len(text.ends)
         )
+        choosing.room = self._scores.data_ptr()
         going = GoingStruct(
             ctypes.pointer(struct),
             None if drafter is None else ctypes.pointer(drafter),
             ctypes.pointer(allowance),
+            ctypes.pointer(choosing),
             ctypes.pointer(record),
             given,
             start,
-            judge is not None,
         )
         go_on, leave_out = _functions()
         error: BaseException | None = None
+        told = told_rows = 0
         try:
             waits = go_on(going, _GOES_ON)
             while waits:
-                assert judge is not None
                 nodes = self._done[going.count].nodes
-                judged = judge(self._scored(going.row, logits[going.row : going.row + nodes]))
+                before = self._steps(self._done[told : going.count], told_rows, logits)
+                (scored,) = self._scored([nodes], going.row, logits)
+                judged = judge(before, scored)
                 self._note(going.count, going.row, nodes, judged)
+                told, told_rows = going.count + 1, going.row + nodes
                 waits = go_on(going, int(judged.goes_on))
         except BaseException as raised:  # noqa: BLE001 (the caller raises it)
             error = raised
             leave_out(going)
-        return Ran(self._steps(self._done[: going.count], logits), error)
+        return Ran(self._steps(self._done[: going.count], 0, logits), error)
 
-    def _steps(self, finished: Sequence[DoneStruct], logits: Tensor) -> list[DoneStep]:
-        sizes = [done.nodes for done in finished]
+    def _steps(self, finished: Sequence[DoneStruct], row: int, logits: Tensor) -> list[DoneStep]:
+        """Returns steps, of which the first one's nodes stand in the record from `row` on."""
+        if not finished:
+            return []
         _, _, paths, emitted = self._lists
-        steps, row = [], 0
-        for done, own in zip(finished, torch.split(logits[: sum(sizes)], sizes), strict=True):
-            steps.append(
-                DoneStep(
-                    self._scored(row, own),
-                    paths[row : row + done.accepted].tolist(),
-                    emitted[row : row + done.emitted].tolist(),
-                    done.levels,
-                    done.width,
-                    done.expected,
-                    done.drafting,
-                    done.scoring,
-                    done.learning,
-                )
+        trees = self._scored([done.nodes for done in finished], row, logits)
+        return [
+            DoneStep(
+                scored,
+                paths[scored.first : scored.first + done.accepted].tolist(),
+                emitted[scored.first : scored.first + done.emitted].tolist(),
+                done.levels,
+                done.width,
+                done.expected,
+                done.drafting,
+                done.scoring,
+                done.processing,
+                done.choosing,
+                done.learning,
             )
-            row += done.nodes
-        return steps
+            for scored, done in zip(trees, finished, strict=True)
+        ]
 
-    def _scored(self, row: int, logits: Tensor) -> ScoredTree:
-        """Returns the tree of these logits, whose nodes stand in the record from `row` on."""
-        own = slice(row, row + len(logits))
-        tokens, parents, *_ = self._lists
-        return ScoredTree(
-            tokens[own].tolist(), parents[own].tolist(), self._chances[own].tolist(), logits
-        )
+    def _scored(self, sizes: Sequence[int], row: int, logits: Tensor) -> list[ScoredTree]:
+        """Returns trees of these sizes, which stand in the record from `row` on."""
+        own = slice(row, row + sum(sizes))
+        tokens, parents = (column[own].tolist() for column in self._lists[:2])
+        chances = self._chances[own].tolist()
+        trees, begin = [], 0
+        for size in sizes:
+            nodes = slice(begin, begin + size)
+            trees.append(
+                ScoredTree(tokens[nodes], parents[nodes], chances[nodes], logits, row + begin)
+            )
+            begin += size
+        return trees
 
     def _note(self, step: int, row: int, nodes: int, judged: Judged) -> None:
         """Writes down what was decided about it."""
@@ -299,6 +327,24 @@ class RowDecoder:
         tokens[row : row + len(emitted)] = array("i", emitted)
         done = self._done[step]
         done.accepted, done.emitted = len(path), len(emitted)
+
+
+def sampled_token(choosing: ChoosingStruct, logits: Tensor, position: int) -> int | None:
+    """Returns what C code chooses at a node; None where others must.
+
+    Args:
+        choosing: by noise.
+        logits: ``[V]`` float32, contiguous.
+        position: absolute position of the token.
+    """
+    room = torch.empty_like(logits)
+    choosing.room = room.data_ptr()
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    function: Any = library(_SOURCE).multi_step_sampled
+    function.argtypes = [ctypes.POINTER(ChoosingStruct), pointer, size, size]
+    function.restype = size
+    token: int = function(choosing, logits.data_ptr(), len(logits), position)
+    return None if token < 0 else token
 
 
 def serves() -> bool:
@@ -318,6 +364,6 @@ def _functions() -> tuple[Any, Any]:
 
 def structure_sizes() -> list[int]:
     """Returns what `step_structs` must agree with: bytes of structures, and limits."""
-    sizes = (ctypes.c_int64 * 9)()
+    sizes = (ctypes.c_int64 * 11)()
     library(_SOURCE).multi_step_sizes(sizes)
     return list(sizes)

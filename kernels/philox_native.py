@@ -10,8 +10,6 @@ import numpy as np
 
 from specdec.kernels.native import library, why_not
 
-# from the noise of the smallest uniform, 2**-33, to that of the largest, rounded up
-GUMBEL_RANGE = 22.874 + 3.131
 _SOURCE = Path(__file__).with_name("philox.c")
 
 
@@ -42,9 +40,7 @@ def words_at(seed: int, row: int, position: int, tokens: np.ndarray, nonce: int)
     return made
 
 
-def choice(
-    seed: int, row: int, position: int, scores: np.ndarray, *, near: float, slack: float
-) -> int:
+def choice(seed: int, row: int, position: int, scores: np.ndarray) -> int:
     """Returns the place of the largest score with its noise, the first of several.
 
     Args:
@@ -52,15 +48,13 @@ def choice(
         row: number of the row.
         position: absolute position of the token.
         scores: ``[V]`` float32.
-        near: how far below what another score reaches it takes a rare word to win.
-        slack: factor of a word's bound, for what float32 rounds.
 
     Returns:
         -1 if the largest score is no finite number.
     """
     scores = np.ascontiguousarray(scores)
     place: int = _library().philox_choice(
-        *(seed, position, row, 0, scores.ctypes.data, len(scores), GUMBEL_RANGE, near, slack)
+        *(seed, position, row, 0, scores.ctypes.data, len(scores))
     )
     return place
 
@@ -72,7 +66,6 @@ def _library() -> ctypes.CDLL:
     own.philox_words.argtypes = [key, word, word, word, size, pointer]
     own.philox_words_at.argtypes = [key, word, word, word, pointer, size, pointer]
     own.philox_words.restype = own.philox_words_at.restype = None
-    real = ctypes.c_double
-    own.philox_choice.argtypes = [key, word, word, word, pointer, size, ctypes.c_float, real, real]
+    own.philox_choice.argtypes = [key, word, word, word, pointer, size]
     own.philox_choice.restype = size
     return own

@@ -11,6 +11,7 @@ MOST_NODES = 128  # of a tree, its root included
 MOST_ENDS = 16  # tokens that end a text
 MOST_STEPS = 32  # of a call
 SUFFIXES, TABLE = 0, 1  # kinds of what a drafter asks
+JUDGED, LIKELIEST, SAMPLED = 0, 1, 2  # ways of choosing
 
 _POINTER, _INT, _LONG, _REAL = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 
@@ -74,7 +75,21 @@ class DoneStruct(ctypes.Structure):
 
     _fields_ = (
         *((name, _LONG) for name in ("nodes", "accepted", "emitted", "levels", "width")),
-        *((name, _REAL) for name in ("expected", "drafting", "scoring", "learning")),
+        *((name, _REAL) for name in ("expected", "drafting", "scoring")),
+        *((name, _REAL) for name in ("processing", "choosing", "learning")),
+    )
+
+
+class ChoosingStruct(ctypes.Structure):
+    """`struct choosing`."""
+
+    _fields_ = (
+        ("way", _LONG),
+        *((name, ctypes.c_float) for name in ("temperature", "border")),
+        *((name, _LONG) for name in ("k", "kept")),
+        ("seed", ctypes.c_uint64),
+        ("row", _LONG),
+        ("room", _POINTER),
     )
 
 
@@ -102,9 +117,10 @@ class GoingStruct(ctypes.Structure):
         ("target", ctypes.POINTER(TargetStruct)),
         ("drafter", ctypes.POINTER(DrafterStruct)),
         ("allowance", ctypes.POINTER(AllowanceStruct)),
+        ("choosing", ctypes.POINTER(ChoosingStruct)),
         ("record", ctypes.POINTER(RecordStruct)),
         ("text", TextStruct),
-        *((name, _LONG) for name in ("start", "judged", "waiting", "count", "row")),
+        *((name, _LONG) for name in ("start", "waiting", "count", "row")),
         *((name, _REAL) for name in ("begun", "gain")),
         ("laws", _LawsStruct),
         ("tree", _POINTER),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from specdec.kernels.native import library, why_not
 
-_MOST_K = 64  # a list that is kept sorted by insertion
-_ROOM = 4 * _MOST_K  # more are left only where many are equal
+MOST_K = 64  # a list that is kept sorted by insertion
+_ROOM = 4 * MOST_K  # as truncation.h has it; more are left only where many are equal
 _SOURCE = Path(__file__).with_suffix(".c")
 
 
@@ -47,14 +47,13 @@ def truncated_row(logits: Tensor, k: int, temperature: float) -> TruncatedRow | 
     """
     width = len(logits)
     fits = logits.is_cpu and logits.dtype is torch.float32 and logits.is_contiguous()
-    if not fits or not 0 < k <= min(_MOST_K, width) or why_not(_SOURCE) is not None:
+    if not fits or not 0 < k <= min(MOST_K, width) or why_not(_SOURCE) is not None:
         return None
     scores = np.empty(width, np.float32)
     values, ids = np.empty(_ROOM, np.float32), np.empty(_ROOM, np.int64)
     count = _function()(
         *(logits.data_ptr(), width, k, temperature),
         *(own.ctypes.data for own in (scores, values, ids)),
-        _ROOM,
     )
     return None if count < 0 else TruncatedRow(values[:count], ids[:count], scores)
 
@@ -63,6 +62,6 @@ def truncated_row(logits: Tensor, k: int, temperature: float) -> TruncatedRow | 
 def _function() -> Callable[..., int]:
     function: Any = library(_SOURCE).truncated_row
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [pointer, size, ctypes.c_int, ctypes.c_float, *(pointer,) * 3, size]
+    function.argtypes = [pointer, size, ctypes.c_int, ctypes.c_float, *(pointer,) * 3]
     function.restype = size
     return function  # type: ignore[no-any-return]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
@@ -22,7 +21,7 @@ from specdec.multi_step import MultiStep
 from specdec.prefill import prefill_order
 from specdec.random import RowStreams
 from specdec.row_copies import row_copies
-from specdec.row_text import Row, RowEnded, Step
+from specdec.row_text import Row, RowEnded, Scored, Step, TreeLogits
 from specdec.rows import RowInput
 from specdec.sampling import Prefix, ProcessedLaw
 from specdec.stats import DecodeStats
@@ -178,7 +177,7 @@ class DecodeLoop:
                     drafter.start(row.index, tuple(row.tokens), guesses)
         for row, row_logits in zip(rows, logits, strict=True):
             tree = DraftTree.root_only(row.tokens[-1])
-            self._verify(row, tree, row_logits.unsqueeze(0), steps)
+            self._verify(row, TreeLogits(tree, row_logits.unsqueeze(0)), steps)
         self._retire()
 
     def _step(self, steps: list[Step]) -> None:
@@ -208,10 +207,10 @@ class DecodeLoop:
             tops = scores.top_tokens(trees, top_k)
         try:
             for row, tree, logits, top in zip(active, trees, all_logits, tops, strict=True):
-                self._verify(row, tree, logits, steps, top)
+                self._verify(row, TreeLogits(tree, logits), steps, top)
         finally:
             for step in steps:
-                self.rows[step.row].stats.record(step.tree, step.path, len(step.tokens))
+                self.rows[step.row].stats.record(step.tree.parent_list, step.path, len(step.tokens))
         with self._stats.timed("commit"):
             # the last token kept is the next root, or the end: either way it is not in the cache
             self._target.commit([step.path[: len(step.tokens) - 1] for step in steps])
@@ -251,17 +250,16 @@ class DecodeLoop:
     def _verify(
         self,
         row: Row,
-        tree: DraftTree,
-        logits: Tensor,
+        scored: Scored,
         steps: list[Step],
         top: TopTokens | None = None,
     ) -> None:
         """Lets the verifier decide; adds to `steps` what became text, also when it raises."""
-        verifier = self._parts.verifier
-        step = Step(row.index, [], tree, [], logits)
+        verifier, tree = self._parts.verifier, scored.tree
+        step = Step(row.index, [], [], scored)
         law = ProcessedLaw(
             tree,
-            logits,
+            scored.logits,
             row.prefix,
             row.processors,
             greedy=self._call.greedy,

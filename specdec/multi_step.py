@@ -20,18 +20,28 @@ from specdec.call import Call
 from specdec.drafters.native_drafter import NativeDrafter, has_native
 from specdec.kernels.drafting import CouplingStruct, PlanStruct
 from specdec.kernels.multi_step import DoneStep, Judged, RowText, ScoredTree
-from specdec.kernels.step_structs import MOST_ENDS, MOST_STEPS, AllowanceStruct
+from specdec.kernels.step_structs import (
+    JUDGED,
+    LIKELIEST,
+    MOST_ENDS,
+    MOST_STEPS,
+    SAMPLED,
+    AllowanceStruct,
+    ChoosingStruct,
+)
+from specdec.kernels.truncated_row import MOST_K
 from specdec.random import RandomSource, SeededRandom
-from specdec.row_text import Row, RowEnded, Step
+from specdec.row_text import Row, RowEnded, Scored, Step
 from specdec.stats import DecodeStats
 from specdec.target import TargetModel
 from specdec.trees.best_first import BestFirst
 from specdec.trees.coupled_best_first import CoupledBestFirst
 from specdec.trees.heap import HeapLimits
 from specdec.trees.tree import DraftTree
-from specdec.types import Budget, DraftContext, Draw, StepOutcome
+from specdec.types import Budget, DraftContext, Draw
 from specdec.verifiers.coupled import Coupled
 from specdec.verifiers.match import Match
+from specdec.warpers import Truncation, truncation_of
 
 if TYPE_CHECKING:
     from specdec.loop import Parts
@@ -42,7 +52,7 @@ _FEWEST = 2  # steps for which it is worth its own preparation
 _NO_LIMIT = 1 << 40
 _PLAIN = Allowance(Budget(0, 0))
 # has the verifier decide about a row's tree, and adds to the steps what became text
-Verify = Callable[[Row, DraftTree, Tensor, list[Step]], None]
+Verify = Callable[[Row, Scored, list[Step]], None]
 
 
 class Limits(NamedTuple):
@@ -60,6 +70,30 @@ class Limits(NamedTuple):
 _NO_TREES = Limits(HeapLimits(0, 0, Draw.POINT))
 
 
+class _Scored:
+    """What a step scored; few are looked at, so the tree is made for who does."""
+
+    __slots__ = ("_draw", "_lists", "_tree")
+
+    def __init__(self, lists: ScoredTree, draw: Draw) -> None:
+        self._lists, self._draw = lists, draw
+        self._tree: DraftTree | None = None
+
+    @property
+    def tree(self) -> DraftTree:
+        """The tree, always the same one."""
+        if self._tree is None:
+            tokens, parents, chances, *_ = self._lists
+            draws = [int(Draw.POINT), *[int(self._draw)] * (len(tokens) - 1)]
+            self._tree = DraftTree(tokens, parents, draws, [-1] * len(tokens), None, chances)
+        return self._tree
+
+    @property
+    def logits(self) -> Tensor:
+        """``[N, V]`` raw logits at its nodes."""
+        return self._lists.logits
+
+
 class MultiStep:
     """Runs steps of a row as long as nobody but the verifier wants to be asked in between.
 
@@ -68,7 +102,8 @@ class MultiStep:
         target: with a cache of one row.
         stats: of the call.
         limits: of the trees; None where these are Python's.
-        verify: asked in every step; None where the likeliest tokens are taken.
+        choosing: how C code chooses tokens.
+        verify: asked in the steps in which it cannot or may not.
     """
 
     def __init__(
@@ -77,12 +112,14 @@ class MultiStep:
         target: TargetModel,
         stats: DecodeStats,
         limits: Limits | None,
-        verify: Verify | None,
+        choosing: ChoosingStruct,
+        verify: Verify,
     ) -> None:
         self._parts = parts
         self._target = target
         self._stats = stats
         self._limits = limits
+        self._choosing = choosing
         self._verify = verify
         needs = parts.drafter.needs if parts.drafter is not None else None
         self._top_k = max(1, needs.node_top_k if needs is not None else 0)
@@ -110,9 +147,8 @@ class MultiStep:
         drafter = parts.drafter
         if drafter is not None and drafter.needs.every_step:
             return None
-        likeliest = call.greedy and type(parts.verifier) in (Coupled, Match)
-        asks = None if likeliest and not _is_looked_at(rows[0]) else verify
-        return cls(parts, target, stats, _limits(call, rows[0], parts), asks)
+        limits = _limits(call, rows[0], parts)
+        return cls(parts, target, stats, limits, _choosing(call, rows[0], parts), verify)
 
     def run(self, row: Row, steps: list[Step]) -> bool:
         """Runs some steps; returns False if the next one must be asked for.
@@ -141,17 +177,16 @@ class MultiStep:
                 return False
             allowance = self._allowance(row, ahead, min(most, ahead.steps or most))
             text, first = self._text(row), len(steps)
-        judge = None if self._verify is None else partial(self._judge, row, steps)
+        judge = partial(self._judge, row, steps)
         begin, before = time.perf_counter(), sum(self._stats.seconds.values())
         struct = None if drafter is None else drafter.struct
-        done, error = target.run(text, start, allowance, struct, judge)
+        done, error = target.run(text, start, allowance, struct, self._choosing, judge)
         self._count(done)
         counted = sum(self._stats.seconds.values()) - before
         # what is around the steps: to make room for them, and to hand them over
         self._stats.seconds["draft"] += time.perf_counter() - begin - counted
         with self._stats.timed("verify"):
-            if judge is None:
-                self._commit(row, done, steps)
+            self._commit(row, done[len(steps) - first :], steps)
             self._learn(row, ahead, drafter, done, steps[first:])
         if error is not None:
             raise error
@@ -208,35 +243,37 @@ class MultiStep:
         struct.kept = reals  # what the pointers point to
         return struct
 
-    def _tree(self, scored: ScoredTree) -> DraftTree:
-        count = len(scored.tokens)
+    def _scored(self, lists: ScoredTree) -> _Scored:
         heap, _ = self._limits or _NO_TREES
-        draws = [int(Draw.POINT), *[int(heap.draw)] * (count - 1)]
-        return DraftTree(scored.tokens, scored.parents, draws, [-1] * count, None, scored.chances)
+        return _Scored(lists, heap.draw)
 
     def _count(self, done: Sequence[DoneStep]) -> None:
         seconds = self._stats.seconds
         for own in done:
             seconds["draft"] += own.drafting
             seconds["target"] += own.scoring
+            seconds["processors"] += own.processing
+            seconds["verify"] += own.choosing
             seconds["observe"] += own.learning
         self._stats.target_passes += len(done)
 
-    def _judge(self, row: Row, steps: list[Step], scored: ScoredTree) -> Judged:
-        """Has the verifier decide about a tree."""
-        assert self._verify is not None
-        tree, before = self._tree(scored), len(steps)
+    def _judge(
+        self, row: Row, steps: list[Step], chosen: Sequence[DoneStep], scored: ScoredTree
+    ) -> Judged:
+        """Has the verifier decide about a tree, behind the steps that C code decided about."""
+        self._commit(row, chosen, steps)
+        before = len(steps)
         try:
-            self._verify(row, tree, scored.logits, steps)
+            self._verify(row, self._scored(scored), steps)
         finally:
             for step in steps[before:]:
-                row.stats.record(tree, step.path, len(step.tokens))
+                row.stats.record(scored.parents, step.path, len(step.tokens))
         return Judged(steps[-1].path, steps[-1].tokens, not row.done)
 
     def _commit(self, row: Row, done: Sequence[DoneStep], steps: list[Step]) -> None:
-        """Makes the likeliest tokens text, up to its end."""
+        """Makes the tokens that C code chose text, up to its end."""
         for own in done:
-            step = Step(row.index, [], self._tree(own.scored), [], own.scored.logits)
+            step = Step(row.index, [], [], self._scored(own.scored))
             try:
                 with suppress(RowEnded):
                     row.commit(step, None, own.path, own.emitted)
@@ -244,7 +281,7 @@ class MultiStep:
                 if step.tokens:
                     step.path = step.path[: len(step.tokens)]
                     steps.append(step)
-                    row.stats.record(step.tree, step.path, len(step.tokens))
+                    row.stats.record(own.scored.parents, step.path, len(step.tokens))
             if row.done:
                 break
 
@@ -261,8 +298,7 @@ class MultiStep:
         told: list[int] = []
         for own, step in zip(done, steps, strict=False):  # those behind the text's end are nothing
             if self._parts.drafter is not None:
-                outcome = StepOutcome(row.index, step.tree, step.path, step.tokens, step.logits)
-                self._parts.budget.went(ahead, own, outcome, context)
+                self._parts.budget.went(ahead, row.index, own, context)
             context += len(step.tokens)
             if own.levels >= 0:
                 told += step.tokens
@@ -276,10 +312,43 @@ def _key_of(random: RandomSource) -> tuple[int, int]:
     return random.seed, random.row
 
 
+def _choosing(call: Call, row: Row, parts: Parts) -> ChoosingStruct:
+    """Returns how C code chooses tokens: if nobody else is to be asked, as the rule would."""
+    judged = ChoosingStruct(way=JUDGED)
+    if _is_looked_at(row):
+        return judged
+    if call.greedy:
+        likeliest = type(parts.verifier) in (Coupled, Match) and not row.processors
+        return ChoosingStruct(way=LIKELIEST) if likeliest else judged
+    left, random = truncation_of(row.processors), row.streams.verify
+    of_noise = type(parts.verifier) is Coupled and type(random) is SeededRandom
+    if not of_noise or left is None or left.top_k > MOST_K:
+        return judged
+    return sampling(left, random)
+
+
+def sampling(left: Truncation, random: RandomSource) -> ChoosingStruct:
+    """Returns how C code chooses as `Coupled` does.
+
+    Args:
+        left: what the processors leave.
+        random: whose noise is added.
+    """
+    seed, row = _key_of(random)
+    return ChoosingStruct(
+        way=SAMPLED,
+        temperature=left.temperature,
+        border=-1.0 if left.border is None else left.border,
+        k=left.top_k,
+        kept=left.min_kept,
+        seed=seed,
+        row=row,
+    )
+
+
 def _is_looked_at(row: Row) -> bool:
-    """Returns whether anybody wants to be asked about logits, or to be told of every token."""
-    others = row.processors or row.stopper.asks_others
-    return bool(others) or row.keeps_scores or row.keeps_logits
+    """Returns whether anybody wants to be told of every token, or of its scores."""
+    return row.stopper.asks_others or row.keeps_scores or row.keeps_logits
 
 
 def _limits(call: Call, row: Row, parts: Parts) -> Limits | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import LogitsProcessorList
@@ -23,6 +24,27 @@ class RowEnded(Exception):  # noqa: N818 (a signal between row and loop, no erro
     """Ends the verification of a row: its text has ended."""
 
 
+class Scored(Protocol):
+    """A tree, and what the target said of it; either may be made when it is first asked for."""
+
+    @property
+    def tree(self) -> DraftTree:
+        """The tree."""
+        ...
+
+    @property
+    def logits(self) -> Tensor:
+        """``[N, V]`` raw logits at its nodes, in the model's dtype."""
+        ...
+
+
+class TreeLogits(NamedTuple):
+    """A tree and the raw logits of its nodes."""
+
+    tree: DraftTree
+    logits: Tensor
+
+
 @dataclass(slots=True)
 class Step:
     """What one step did to one row; for streaming, traces and drawings.
@@ -30,17 +52,25 @@ class Step:
     Attributes:
         row: the row's number in the call.
         tokens: what became text.
-        tree: the scored tree.
         path: accepted nodes that became text, root not included.
-        logits: ``[N, V]`` raw logits at the tree's nodes, in the model's dtype; as long as a step
-            is kept, so are they, and those of steps that came together with it.
+        scored: the tree and its logits; as long as a step is kept, so are these, and those of steps
+            that came together with it.
     """
 
     row: int
     tokens: list[int]
-    tree: DraftTree
     path: list[int]
-    logits: Tensor
+    scored: Scored
+
+    @property
+    def tree(self) -> DraftTree:
+        """The scored tree."""
+        return self.scored.tree
+
+    @property
+    def logits(self) -> Tensor:
+        """``[N, V]`` raw logits at the tree's nodes, in the model's dtype."""
+        return self.scored.logits
 
     @property
     def next_token(self) -> int | None:
@@ -55,8 +85,9 @@ class Step:
         """
         tree = self.tree
         parents, tokens = tree.parent_list[1:], tree.token_list[1:]
-        log_sums = self.logits.float().logsumexp(dim=-1)[parents]
-        return [1.0, *(self.logits[parents, tokens].float() - log_sums).exp().clamp(max=1).tolist()]
+        logits = self.logits
+        log_sums = logits.float().logsumexp(dim=-1)[parents]
+        return [1.0, *(logits[parents, tokens].float() - log_sums).exp().clamp(max=1).tolist()]
 
 
 @dataclass(slots=True)

@@ -10,10 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from specdec.trees.tree import DraftTree
+from typing import Any
 
 _KEPT = {
     "packed_weights": "packed weights (packed_weights=None leaves them out)",
@@ -82,15 +79,21 @@ class Counts:
         pairs = zip(self.accepted_by_depth, self.tested_by_depth, strict=True)
         return [_ratio(accepted, tested) for accepted, tested in pairs]
 
-    def record(self, tree: DraftTree, path: Sequence[int], num_emitted: int) -> None:
-        """Counts one step of one row; `path` holds the accepted nodes that were kept."""
+    def record(self, parents: Sequence[int], path: Sequence[int], num_emitted: int) -> None:
+        """Counts one step of one row.
+
+        Args:
+            parents: of the tree's nodes, as `DraftTree.parent_list`.
+            path: the accepted nodes that were kept.
+            num_emitted: tokens that became text.
+        """
         self.target_calls += 1
         self.num_emitted += num_emitted
-        self.num_drafted += tree.num_drafted
+        self.num_drafted += len(parents) - 1
         self.num_accepted += len(path)
         _add_at(self.acceptance_histogram, len(path))
         for depth, node in enumerate([0, *path]):
-            children = tree.children[node]
+            children = [child for child, parent in enumerate(parents) if parent == node]
             # where a stop cut the path short, the verifier's next decision did not become text
             if not children or num_emitted <= depth:
                 break

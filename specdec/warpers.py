@@ -7,7 +7,7 @@ beside the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +61,46 @@ def joined(processors: Sequence[Any]) -> list[Any]:
         else:
             made.append(processor)
     return made
+
+
+class Truncation(NamedTuple):
+    """What temperature, top-k and nucleus leave, as numbers.
+
+    Attributes:
+        temperature: 1 for none.
+        top_k: 0 for all tokens.
+        border: the chance up to which tokens fall away, added up from the least likely one; None
+            without a nucleus.
+        min_kept: tokens that a nucleus leaves at least.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    border: float | None = None
+    min_kept: int = 1
+
+
+def truncation_of(processors: Sequence[Any]) -> Truncation | None:
+    """Returns what the processors of a row do, if that is all they do; else None.
+
+    Args:
+        processors: as `joined` gave them; none at all leave everything.
+    """
+    if not processors:
+        return Truncation()
+    own, *others = processors
+    if others:
+        return None
+    if type(own) is TemperatureLogitsWarper:
+        return Truncation(own.temperature)
+    if type(own) is not JoinedLogitsWarper:
+        return None
+    temperature = 1.0 if own.temperature is None else own.temperature.temperature
+    made = Truncation(temperature, own.top_k.top_k)
+    top_p = own.top_p
+    if top_p is None:
+        return made
+    return made._replace(border=float(top_p.border), min_kept=top_p.min_tokens_to_keep)
 
 
 class JoinedLogitsWarper(LogitsProcessor):
@@ -147,6 +187,11 @@ class SortedTopPLogitsWarper(TopPLogitsWarper):
         least = self.least_kept(ordered, given.shape[-1] - ordered.shape[-1])
         return None if least is None else _without(scores, least[:, None], self.filter_value)
 
+    @property
+    def border(self) -> np.float32:
+        """The chance up to which tokens fall away."""
+        return np.float32(1 - self.top_p)
+
     def least_kept(self, ordered: np.ndarray, left_out: int) -> np.ndarray | None:
         """Returns ``[n]``, the least score of each row that stays.
 
@@ -158,10 +203,9 @@ class SortedTopPLogitsWarper(TopPLogitsWarper):
             None where equal scores lie on both sides of the border, or it is not among `ordered`.
         """
         sums = torch.from_numpy(ordered).softmax(dim=-1).cumsum(dim=-1).numpy()
-        border = np.float32(1 - self.top_p)
         most = max(ordered.shape[-1] - self.min_tokens_to_keep, -left_out)
         # numpy's calls: torch's take five times as long on a row
-        fallen = [min(int(row.searchsorted(border, "right")), most) for row in sums]
+        fallen = [min(int(row.searchsorted(self.border, "right")), most) for row in sums]
         if left_out and min(fallen) <= 0:
             return None  # the border is among what was left out
         least = [values[count] for values, count in zip(ordered, fallen, strict=True)]  # that stays

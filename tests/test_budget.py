@@ -205,7 +205,7 @@ def test_a_bucket_of_which_little_is_known_goes_by_all_claims() -> None:
     for step in range(40):
         path = [1] if step % 10 == 0 else []
         tree = chain(1, 0.9)
-        chances.observe(StepOutcome(0, tree, path, [0] * (len(path) + 1), torch.empty(0)))
+        chances.observe(0, tree.path_chances, path)
     later = chances.expected(1, [0.1, 0.9])
     assert later[1] < 0.25 < first[1]
     assert later[0] < 0.5 * first[0]  # never scored, and yet thought less of

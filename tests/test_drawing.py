@@ -23,7 +23,7 @@ from rich.console import Console
 from specdec import SpeculativeGenerator
 from specdec.demo import _show_step
 from specdec.errors import ConfigError, TreeError
-from specdec.row_text import Step
+from specdec.row_text import Step, TreeLogits
 from specdec.trees import DraftTree
 from specdec.trees.draw import draw_tree
 from specdec.trees.figure import save_tree, tree_figure
@@ -158,13 +158,15 @@ def test_the_prefill_has_a_root_and_its_logits() -> None:
 def test_half_precision_logits_give_probabilities() -> None:
     logits = torch.tensor([[9.0, -9.0, 9.0], [0.0, 0.0, -torch.inf]], dtype=torch.bfloat16)
     tree = DraftTree.from_lists([0, 2, 2], [-1, 0, 1])
-    assert Step(0, [2], tree, [], logits).target_probs() == pytest.approx([1.0, 0.5, 0.0])
+    assert Step(0, [2], [], TreeLogits(tree, logits)).target_probs() == pytest.approx(
+        [1.0, 0.5, 0.0]
+    )
 
 
 def test_a_text_that_ends_on_its_path_has_no_token_behind_it() -> None:
     logits = torch.zeros(6, 7)
-    assert Step(0, [1, 3, 6], TREE, PATH, logits).next_token == 6
-    assert Step(0, [1, 3], TREE, PATH, logits).next_token is None
+    assert Step(0, [1, 3, 6], PATH, TreeLogits(TREE, logits)).next_token == 6
+    assert Step(0, [1, 3], PATH, TreeLogits(TREE, logits)).next_token is None
 
 
 # --------------------------------------------------------------------------- the terminal

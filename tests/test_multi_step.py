@@ -14,7 +14,13 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import (
+    LogitsProcessor,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from specdec import SpeculativeGenerator, multi_step
 from specdec.budget import AutoBudget
@@ -25,13 +31,17 @@ from specdec.drafters import EarlyExit, Hybrid, PromptLookup, Suffix, TokenRecyc
 from specdec.errors import ConfigError, LogitsError
 from specdec.kernels import step_structs
 from specdec.kernels.decoder_layer import why_not_native
-from specdec.kernels.multi_step import RowDecoder, serves, structure_sizes
+from specdec.kernels.keyed_argmax import keyed_argmax_reference
+from specdec.kernels.multi_step import RowDecoder, sampled_token, serves, structure_sizes
+from specdec.kernels.truncated_row import MOST_K
+from specdec.random import SeededRandom
 from specdec.row_text import Step
 from specdec.testing.wrong import AlwaysWrong
 from specdec.trees import BestFirst, CoupledBestFirst
 from specdec.trees.tree import DraftTree
 from specdec.types import StepOutcome, Verdict
 from specdec.verifiers import Match
+from specdec.warpers import cheaper, joined, truncation_of
 
 pytestmark = [
     pytest.mark.skipif(why_not_native() is not None, reason=f"no native code: {why_not_native()}"),
@@ -110,21 +120,42 @@ def assert_same_tables(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(table, theirs.arrays[name], err_msg=name)
 
 
+SAMPLED: dict[str, Any] = {"do_sample": True, "seed": 3, "temperature": 0.7, "top_k": 20}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": SAMPLED | {"top_p": 0.9},
+    "judged": SAMPLED | {"repetition_penalty": 1.1},
+}
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each tree that C code handed back."""
+    seen: list[int] = []
+    judge = multi_step.MultiStep._judge
+
+    def counted(self: Any, *args: Any) -> Any:
+        seen.append(1)
+        return judge(self, *args)
+
+    monkeypatch.setattr(multi_step.MultiStep, "_judge", counted)
+    return seen
+
+
 @pytest.mark.parametrize("policy", [BestFirst, CoupledBestFirst])
-@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("nodes", [1, 5, 40])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_steps_and_tables_are_those_of_steps_one_by_one(
     name: str,
     nodes: int,
-    sampled: bool,
+    way: str,
     policy: Any,
     lengths: list[int],
+    judged: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments: dict[str, Any] = {"do_sample": sampled}
-    if sampled:
-        arguments |= {"seed": 3, "temperature": 0.7, "top_k": 20, "repetition_penalty": 1.1}
+    arguments, sampled = WAYS[way], way != "greedy"
     drafters = [DRAFTERS[name]() for _ in range(2)]
     policies = [policy(), policy()]
     texts, stats = [], []
@@ -143,10 +174,98 @@ def test_steps_and_tables_are_those_of_steps_one_by_one(
     assert stats[0].rows[0].to_dict() == stats[1].rows[0].to_dict()
     assert stats[0].target_passes == stats[1].target_passes
     assert any(step.path for step in texts[0])
+    assert (len(judged) > 10) == (way == "judged")
     if policy is CoupledBestFirst:
         np.testing.assert_array_equal(policies[0].weights, policies[1].weights)
         np.testing.assert_array_equal(policies[0].squares, policies[1].squares)
         assert sampled == (policies[0].squares != 1).any()
+
+
+# what stays is certain nearly everywhere, nowhere (the rest of the nucleus sums up to its border),
+# or where the least of three tokens is not so unlikely that the border is beside it
+CHOICES: dict[str, tuple[dict[str, Any], float, float]] = {
+    "all": ({"top_k": 0}, 0, 0),
+    "temperature": ({"top_k": 0, "temperature": 1.7}, 0, 0),
+    "top_k": ({"top_k": 7}, 0, 0),
+    "top_k_of_all": ({"top_k": 64, "temperature": 0.9}, 0, 0),
+    "nucleus": ({"top_k": 50, "temperature": 0.7, "top_p": 0.9}, 0, 0.2),
+    "one_token": ({"top_k": 20, "temperature": 0.1, "top_p": 0.05}, 0, 0.2),
+    "border_at_all": ({"top_k": 20, "top_p": 0.0}, 1, 1),
+    "border_at_some": ({"top_k": 3, "temperature": 0.2, "top_p": 0.9999}, 0.05, 0.95),
+    "large_top_k": ({"top_k": 65}, 1, 1),
+    "no_top_k": ({"top_k": 0, "top_p": 0.8}, 1, 1),
+    "min_p": ({"min_p": 0.05}, 1, 1),
+    "scores_kept": ({"output_scores": True, "return_dict_in_generate": True}, 1, 1),
+}
+
+
+@pytest.mark.parametrize("drafter", [None, "hybrid"])
+@pytest.mark.parametrize("name", CHOICES)
+def test_c_code_draws_what_the_rule_draws(
+    name: str,
+    drafter: str | None,
+    lengths: list[int],
+    judged: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the trees of steps one by one; it hands over what it cannot be sure of."""
+    own, least, most = CHOICES[name]
+    texts = []
+    for _ in range(2):
+        generator = generator_of(drafter, node_budget=6)
+        texts.append(
+            [
+                step
+                for seed in (1, 2)
+                for step in traced(generator, do_sample=True, seed=seed, **own)
+            ]
+        )
+        one_by_one(monkeypatch)
+    assert_same_steps(*texts)
+    assert max(lengths) > 3
+    assert least <= len(judged) / sum(lengths) <= most
+
+
+def row_of(kind: str, width: int, rng: np.random.Generator) -> np.ndarray:
+    row = rng.normal(0, 3, width).astype(np.float32)
+    if kind == "ties":
+        row = np.round(row)
+    if kind == "barred":
+        row[rng.random(width) < 0.9] = -np.inf
+    if kind in ("nan", "inf"):
+        row[rng.integers(width)] = float(kind)
+    if kind == "none":
+        row[:] = -np.inf
+    return row
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "barred", "nan", "inf", "none"])
+@pytest.mark.parametrize("width", [3, 64, 200, 1000])
+def test_a_choice_is_that_of_processors_and_noise(kind: str, width: int) -> None:
+    """For what C code cannot be sure of it chooses nothing."""
+    rng = np.random.default_rng(width)
+    chosen = 0
+    for seed in range(60):
+        temperature, top_k = rng.choice([1.0, 0.3, 2.0]), int(rng.choice([0, 1, 20, 64]))
+        parts: list[Any] = [] if temperature == 1 else [TemperatureLogitsWarper(float(temperature))]
+        parts += [TopKLogitsWarper(top_k)] if top_k else []
+        if top_k and rng.random() < 0.7:
+            parts.append(TopPLogitsWarper(rng.choice([0.5, 0.9, 0.99]), min_tokens_to_keep=2))
+        left = truncation_of(joined([cheaper(part) for part in parts]))
+        assert left is not None
+        scores = torch.from_numpy(row_of(kind, width, rng)).unsqueeze(0)
+        expected = scores
+        for part in parts:
+            expected = part(None, expected)
+        own = multi_step.sampling(left, SeededRandom(seed, 5, 0))
+        token = sampled_token(own, scores[0], position=seed)
+        if token is not None:
+            chosen += 1
+            assert token == keyed_argmax_reference(expected[0], seed, 5, seed)
+    if kind in ("nan", "inf", "none"):
+        assert chosen == 0
+    else:
+        assert chosen > (30 if kind == "plain" else 5)
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
@@ -497,9 +616,9 @@ def test_structures_are_those_of_the_c_code() -> None:
     structures = (
         *(step_structs.TargetStruct, step_structs.DrafterStruct, step_structs.AllowanceStruct),
         *(step_structs.TextStruct, step_structs.DoneStruct, step_structs.RecordStruct),
-        step_structs.GoingStruct,
+        *(step_structs.GoingStruct, step_structs.ChoosingStruct),
     )
-    numbers = [step_structs.MOST_NODES, step_structs.MOST_ENDS]
+    numbers = [step_structs.MOST_NODES, step_structs.MOST_ENDS, MOST_K]
     assert structure_sizes() == [*map(ctypes.sizeof, structures), *numbers]
 
 
@@ -527,9 +646,12 @@ class Both:
     def ahead(self, row: int, context: float, *, drafts: bool) -> Any:
         return self.one.ahead(row, context, drafts=drafts)
 
-    def went(self, ahead: Any, done: Any, outcome: StepOutcome, context: float) -> None:
-        self.one.went(ahead, done, outcome, context)
-        other, tree = self.other, outcome.tree
+    def went(self, ahead: Any, row: int, done: Any, context: float) -> None:
+        self.one.went(ahead, row, done, context)
+        scored = done.scored
+        tree = DraftTree.from_lists(scored.tokens, scored.parents, chances=scored.chances)
+        outcome = StepOutcome(row, tree, done.path, done.emitted, scored.logits)
+        other = self.other
         (own,) = other.allot([0], context)
         assert own == ahead.budget
         if own.nodes == 0:

@@ -193,10 +193,7 @@ class DraftTree:
     @cached_property
     def depth_list(self) -> list[int]:
         """Each node's depth; the root has depth 0."""
-        depths = [0] * len(self)
-        for node, parent in enumerate(self.parent_list[1:], start=1):
-            depths[node] = depths[parent] + 1
-        return depths
+        return depths_of(self.parent_list)
 
     @cached_property
     def children(self) -> list[list[int]]:
@@ -214,10 +211,7 @@ class DraftTree:
     @cached_property
     def path_chances(self) -> list[float]:
         """Products of `chances` along the path to each node; an unknown one counts as even."""
-        products = [1.0]
-        for chance, parent in zip(self.chance_list[1:], self.parent_list[1:], strict=True):
-            products.append(products[parent] * (0.5 if math.isnan(chance) else chance))
-        return products
+        return path_chances_of(self.parent_list, self.chance_list)
 
     def cut(self, nodes: Sequence[int]) -> DraftTree:
         """Returns the tree of the root and some other nodes, in their old order.
@@ -291,3 +285,19 @@ class DraftTree:
         from specdec.trees.graph import tree_graph
 
         return tree_graph(self, decode, path, target_probs)
+
+
+def depths_of(parents: Sequence[int]) -> list[int]:
+    """Returns each node's depth, from the parents as `DraftTree` has them."""
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    return depths
+
+
+def path_chances_of(parents: Sequence[int], chances: Sequence[float]) -> list[float]:
+    """Returns `DraftTree.path_chances`, from parents and chances as a tree has them."""
+    products = [1.0]
+    for chance, parent in zip(chances[1:], parents[1:], strict=True):
+        products.append(products[parent] * (0.5 if math.isnan(chance) else chance))
+    return products

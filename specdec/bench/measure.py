@@ -157,7 +157,7 @@ def _ask(
             talk.steps[turn] += 1
             talk.accept_lengths.append(len(step.tokens))
             counts = Counts()
-            counts.record(step.tree, step.path, len(step.tokens))
+            counts.record(step.tree.parent_list, step.path, len(step.tokens))
             rows.append(
                 {
                     "cell": cell.key,

@@ -13,7 +13,7 @@ from specdec.budget.pass_clock import PassClock
 from specdec.budget.pauses import RATE, Pauses
 from specdec.cost import PassCost
 from specdec.kernels.multi_step import DoneStep
-from specdec.trees.tree import DraftTree
+from specdec.trees.tree import DraftTree, depths_of, path_chances_of
 from specdec.types import Budget, StepOutcome
 
 _FIRST_NODES = 4
@@ -190,8 +190,9 @@ class AutoBudget:
             RATE,
         )
 
-    def went(self, ahead: Allowance, done: DoneStep, outcome: StepOutcome, context: float) -> None:
+    def went(self, ahead: Allowance, row: int, done: DoneStep, context: float) -> None:
         """Notes what `cut`, `scored`, `observe` and `learned` do of a step."""
+        tree = done.scored
         if ahead.seconds is None:
             self._pauses.skip()
             self._pauses.learns(self._plain_learn_seconds, self._plain_seconds)
@@ -200,9 +201,9 @@ class AutoBudget:
             grown = done.levels > 0
             passes = ahead.seconds if grown else ahead.seconds[:1]
             self._weighed(passes, done.width, done.expected, passes[0], grown=grown)
-            self.observe(outcome)
-            self.learned(len(done.scored.tokens), done.learning)
-        self.scored(len(done.scored.tokens), context, done.scoring)
+            self._count(row, tree.parents, tree.chances, done.path)
+            self.learned(len(tree.tokens), done.learning)
+        self.scored(len(tree.tokens), context, done.scoring)
 
     def scored(self, num_nodes: int, context: float, seconds: float) -> None:
         """Corrects what passes are taken to cost, in a pause by one of a few."""
@@ -222,12 +223,17 @@ class AutoBudget:
     def observe(self, outcome: StepOutcome) -> None:
         """Counts which of the scored nodes became text."""
         tree = outcome.tree
-        if tree.num_drafted == 0:
+        self._count(outcome.row, tree.parent_list, tree.chance_list, outcome.path)
+
+    def _count(
+        self, row: int, parents: Sequence[int], chances: Sequence[float], path: Sequence[int]
+    ) -> None:
+        if len(parents) == 1:
             return
-        self._chances.observe(outcome)
-        accepted = len(outcome.path)
-        self._levels.observe(max(tree.depth_list), accepted)
-        if accepted and tree.num_drafted >= self._allowed:
+        self._chances.observe(row, path_chances_of(parents, chances), path)
+        accepted = len(path)
+        self._levels.observe(max(depths_of(parents)), accepted)
+        if accepted and len(parents) > self._allowed:
             self._allowed = min(2 * self._allowed, self.max_nodes)
 
     def learned(self, num_rows: int, seconds: float) -> None:

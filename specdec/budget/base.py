@@ -100,8 +100,15 @@ class NodeBudget(Protocol):
         """
         ...
 
-    def went(self, ahead: Allowance, done: DoneStep, outcome: StepOutcome, context: float) -> None:
-        """Learns from one of the steps that `ahead` was said of."""
+    def went(self, ahead: Allowance, row: int, done: DoneStep, context: float) -> None:
+        """Learns from one of the steps that `ahead` was said of.
+
+        Args:
+            ahead: as it was said.
+            row: the row's number.
+            done: the step.
+            context: tokens of its prefix.
+        """
         ...
 
     def stop(self, row: int) -> None:
@@ -153,7 +160,7 @@ class FixedBudget:
             return None
         return Allowance(Budget(self.max_nodes, self.max_nodes))
 
-    def went(self, ahead: Allowance, done: DoneStep, outcome: StepOutcome, context: float) -> None:
+    def went(self, ahead: Allowance, row: int, done: DoneStep, context: float) -> None:
         """Learns nothing."""
 
     def stop(self, row: int) -> None:

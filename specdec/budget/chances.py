@@ -6,8 +6,6 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from specdec.types import StepOutcome
-
 EDGES = [0.005, 0.01, 0.02, 0.04, 0.07, 0.12, 0.2, 0.3, 0.45, 0.6, 0.75, 0.87, 0.95]
 _BOUNDS = [0.0, *EDGES, 1.0]
 _CENTRES = [(low + high) / 2 for low, high in pairwise(_BOUNDS)]
@@ -33,7 +31,8 @@ class RealisedChances:
         self._hits = [0.0] * len(_CENTRES)
         self._trials = [0.0] * len(_CENTRES)
         self._came_true, self._claimed = _FIRST_TRUST * _TRUST_TRIALS, _TRUST_TRIALS
-        self._shares: list[float] | None = None  # what the counts say, until they change
+        self._shares: list[float] = []  # what the counts said when they were last asked
+        self._changed = True  # since then
         self._records: dict[int, list[float]] = {}  # a row's accepted nodes, and those expected
 
     def expected(self, row: int, claimed: Iterable[float]) -> list[float]:
@@ -54,23 +53,29 @@ class RealisedChances:
                 return bound
         return EDGES[-1]
 
-    def observe(self, outcome: StepOutcome) -> None:
-        """Counts which of the scored nodes became text."""
-        buckets = [bisect_left(EDGES, chance) for chance in outcome.tree.path_chances]
-        shares = self._all()
+    def observe(self, row: int, claimed: Sequence[float], path: Sequence[int]) -> None:
+        """Counts which of the scored nodes became text.
+
+        Args:
+            row: its number.
+            claimed: chances of the paths to the nodes, the root's first.
+            path: the nodes that did.
+        """
+        buckets = [bisect_left(EDGES, chance) for chance in claimed]
+        shares = self._shares or self._all()  # those by which the nodes were chosen
         expected = sum([shares[bucket] for bucket in buckets[1:]])
         self._hits = [_MEMORY * count for count in self._hits]
         self._trials = [_MEMORY * count for count in self._trials]
         for bucket in buckets[1:]:
             self._trials[bucket] += 1.0
-        for node in outcome.path:
+        for node in path:
             self._hits[buckets[node]] += 1.0
-        claimed = sum([_CENTRES[bucket] for bucket in buckets[1:]])
-        self._came_true = _TRUST_MEMORY * self._came_true + len(outcome.path)
-        self._claimed = _TRUST_MEMORY * self._claimed + claimed
-        self._shares = None
-        record = self._records.setdefault(outcome.row, [0.0, 0.0])
-        record[0] = _ROW_MEMORY * record[0] + len(outcome.path)
+        hoped = sum([_CENTRES[bucket] for bucket in buckets[1:]])
+        self._came_true = _TRUST_MEMORY * self._came_true + len(path)
+        self._claimed = _TRUST_MEMORY * self._claimed + hoped
+        self._changed = True
+        record = self._records.setdefault(row, [0.0, 0.0])
+        record[0] = _ROW_MEMORY * record[0] + len(path)
         record[1] = _ROW_MEMORY * record[1] + expected
 
     def stop(self, row: int) -> None:
@@ -79,7 +84,8 @@ class RealisedChances:
 
     def _all(self) -> list[float]:
         """Returns the share of each bucket."""
-        if self._shares is None:
+        if self._changed:
+            self._changed = False
             trust = self._came_true / self._claimed
             weights = [trials + _PRIOR_TRIALS for trials in self._trials]
             counted = [

@@ -1,0 +1,69 @@
+/* How the token behind a node is chosen where C code may: as `verifiers/coupled.py` does, behind no
+ * processors but temperature, top-k and nucleus. */
+#pragma once
+#include <time.h>
+
+#include "keyed_choice.h"
+#include "truncation.h"
+
+enum { JUDGED, LIKELIEST, SAMPLED }; /* ways of choosing; where trees are judged, others choose */
+
+struct choosing {
+    int64_t way;
+    float temperature; /* above 0; 1 for none */
+    float border;      /* chances of a nucleus' rest; below 0: no nucleus */
+    int64_t k;         /* of top-k, up to MOST_K; 0: all tokens, and no nucleus */
+    int64_t kept;      /* tokens that the nucleus leaves at least */
+    uint64_t seed;     /* of the noise; this and the next */
+    int64_t row;
+    float *room; /* [vocabulary], where scores of all tokens are made */
+};
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
+}
+
+/* What noise is added to, as the processors leave it: scores of some `tokens`, or of all if null. */
+struct scored {
+    const float *scores;
+    const int64_t *tokens;
+    int64_t count; /* below 0: others must see to it */
+};
+
+static struct scored processed(const struct choosing *c, const float *logits, int64_t width,
+                               float *values, int64_t *ids) {
+    if (!c->k && c->temperature == 1) return (struct scored){logits, 0, width};
+    if (!c->k) {
+        for (int64_t i = 0; i < width; i++) c->room[i] = logits[i] / c->temperature;
+        return (struct scored){c->room, 0, width};
+    }
+    float least;
+    const int k = (int)(c->k < width ? c->k : width);
+    const int64_t count = truncated(logits, width, k, c->temperature, 0, values, ids);
+    if (count < 0 || c->border < 0) return (struct scored){values, ids, count};
+    if (!nucleus(values, count, c->border, c->kept, &least)) return (struct scored){.count = -1};
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (values[i] >= least) values[left] = values[i], ids[left++] = ids[i];
+    return (struct scored){values, ids, left};
+}
+
+/* The token at `position`, chosen by its logits [width], of which the largest one is given. Below 0
+ * where others must see to it: a nucleus has its border there, or there is no finite largest.
+ * Adds the seconds that the processors took. */
+static inline int64_t sampled(const struct choosing *c, const float *logits, int64_t width,
+                              float largest, int64_t position, double *processing) {
+    float values[MOST_LEFT];
+    int64_t ids[MOST_LEFT];
+    if (!(fabsf(largest) < INFINITY)) return -1;
+    const double begin = now();
+    const struct scored own = processed(c, logits, width, values, ids);
+    *processing += now() - begin;
+    if (own.count < 0) return -1;
+    if (own.tokens)
+        return keyed_choice_of(c->seed, (uint32_t)position, (uint32_t)c->row, own.tokens,
+                               own.scores, own.count);
+    return keyed_choice(c->seed, (uint32_t)position, (uint32_t)c->row, 0, own.scores, own.count);
+}
