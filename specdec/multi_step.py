@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -21,27 +21,17 @@ from specdec.drafters.native_drafter import NativeDrafter, has_native
 from specdec.kernels.drafting import CouplingStruct, PlanStruct
 from specdec.kernels.multi_step import DoneStep, Judged, RowText, ScoredTree
 from specdec.kernels.step_structs import (
-    JUDGED,
-    LIKELIEST,
     MOST_ENDS,
     MOST_STEPS,
-    SAMPLED,
     AllowanceStruct,
     ChoosingStruct,
 )
-from specdec.kernels.truncated_row import MOST_K
-from specdec.random import RandomSource, SeededRandom
+from specdec.native_rules import NO_TREES, Limits, choosing_of, key_of, limits_of
 from specdec.row_text import Row, RowEnded, Scored, Step
 from specdec.stats import DecodeStats
 from specdec.target import TargetModel
-from specdec.trees.best_first import BestFirst
-from specdec.trees.coupled_best_first import CoupledBestFirst
-from specdec.trees.heap import HeapLimits
 from specdec.trees.tree import DraftTree
 from specdec.types import Budget, DraftContext, Draw
-from specdec.verifiers.coupled import Coupled
-from specdec.verifiers.match import Match
-from specdec.warpers import Truncation, truncation_of
 
 if TYPE_CHECKING:
     from specdec.loop import Parts
@@ -53,21 +43,6 @@ _NO_LIMIT = 1 << 40
 _PLAIN = Allowance(Budget(0, 0))
 # has the verifier decide about a row's tree, and adds to the steps what became text
 Verify = Callable[[Row, Scored, list[Step]], None]
-
-
-class Limits(NamedTuple):
-    """What a policy says of its trees.
-
-    Attributes:
-        heap: their size and the draw law of their nodes.
-        coupled: of a policy that looks at the noise, which follows what was chosen; else None.
-    """
-
-    heap: HeapLimits
-    coupled: CoupledBestFirst | None = None
-
-
-_NO_TREES = Limits(HeapLimits(0, 0, Draw.POINT))
 
 
 class _Scored:
@@ -147,8 +122,8 @@ class MultiStep:
         drafter = parts.drafter
         if drafter is not None and drafter.needs.every_step:
             return None
-        limits = _limits(call, rows[0], parts)
-        return cls(parts, target, stats, limits, _choosing(call, rows[0], parts), verify)
+        limits = limits_of(call, rows[0], parts)
+        return cls(parts, target, stats, limits, choosing_of(call, rows[0], parts), verify)
 
     def run(self, row: Row, steps: list[Step]) -> bool:
         """Runs some steps; returns False if the next one must be asked for.
@@ -214,11 +189,11 @@ class MultiStep:
         return RowText(before, row.tokens[-1], row.root_position, remaining, ends)
 
     def _allowance(self, row: Row, ahead: Allowance, steps: int) -> AllowanceStruct:
-        heap, coupled = self._limits or _NO_TREES
+        heap, coupled = self._limits or NO_TREES
         own, noise, squares = ahead.budget, CouplingStruct(), None
         if coupled is not None and own.nodes:
             noise.weights, squares = coupled.weights.ctypes.data, coupled.squares.ctypes.data
-            noise.seed, noise.row = _key_of(row.streams.draft)
+            noise.seed, noise.row = key_of(row.streams.draft)
         depth = min(own.depth, heap.max_depth)
         plan = PlanStruct(own.nodes, depth, heap.max_branching, own.least_chance, noise)
         reals = [
@@ -244,7 +219,7 @@ class MultiStep:
         return struct
 
     def _scored(self, lists: ScoredTree) -> _Scored:
-        heap, _ = self._limits or _NO_TREES
+        heap, _ = self._limits or NO_TREES
         return _Scored(lists, heap.draw)
 
     def _count(self, done: Sequence[DoneStep]) -> None:
@@ -305,60 +280,3 @@ class MultiStep:
         self._target.cache.advance([context - start])
         if drafter is not None:
             drafter.came(told)
-
-
-def _key_of(random: RandomSource) -> tuple[int, int]:
-    assert isinstance(random, SeededRandom)
-    return random.seed, random.row
-
-
-def _choosing(call: Call, row: Row, parts: Parts) -> ChoosingStruct:
-    """Returns how C code chooses tokens: if nobody else is to be asked, as the rule would."""
-    judged = ChoosingStruct(way=JUDGED)
-    if _is_looked_at(row):
-        return judged
-    if call.greedy:
-        likeliest = type(parts.verifier) in (Coupled, Match) and not row.processors
-        return ChoosingStruct(way=LIKELIEST) if likeliest else judged
-    left, random = truncation_of(row.processors), row.streams.verify
-    of_noise = type(parts.verifier) is Coupled and type(random) is SeededRandom
-    if not of_noise or left is None or left.top_k > MOST_K:
-        return judged
-    return sampling(left, random)
-
-
-def sampling(left: Truncation, random: RandomSource) -> ChoosingStruct:
-    """Returns how C code chooses as `Coupled` does.
-
-    Args:
-        left: what the processors leave.
-        random: whose noise is added.
-    """
-    seed, row = _key_of(random)
-    return ChoosingStruct(
-        way=SAMPLED,
-        temperature=left.temperature,
-        border=-1.0 if left.border is None else left.border,
-        k=left.top_k,
-        kept=left.min_kept,
-        seed=seed,
-        row=row,
-    )
-
-
-def _is_looked_at(row: Row) -> bool:
-    """Returns whether anybody wants to be told of every token, or of its scores."""
-    return row.stopper.asks_others or row.keeps_scores or row.keeps_logits
-
-
-def _limits(call: Call, row: Row, parts: Parts) -> Limits | None:
-    """Returns those of the trees that C code may grow; None for trees that it cannot."""
-    policy = parts.policy
-    if not has_native(parts.drafter) or not isinstance(row.streams.draft, SeededRandom):
-        return None
-    # no subclass: what it changes would be left out
-    if isinstance(policy, BestFirst) and type(policy) is BestFirst:
-        return Limits(policy.limits)
-    if isinstance(policy, CoupledBestFirst) and type(policy) is CoupledBestFirst:
-        return Limits(policy.limits, None if call.greedy else policy)
-    return None

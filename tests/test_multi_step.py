@@ -34,6 +34,7 @@ from specdec.kernels.decoder_layer import why_not_native
 from specdec.kernels.keyed_argmax import keyed_argmax_reference
 from specdec.kernels.multi_step import RowDecoder, sampled_token, serves, structure_sizes
 from specdec.kernels.truncated_row import MOST_K
+from specdec.native_rules import sampling
 from specdec.random import SeededRandom
 from specdec.row_text import Step
 from specdec.testing.wrong import AlwaysWrong
@@ -257,7 +258,7 @@ def test_a_choice_is_that_of_processors_and_noise(kind: str, width: int) -> None
         expected = scores
         for part in parts:
             expected = part(None, expected)
-        own = multi_step.sampling(left, SeededRandom(seed, 5, 0))
+        own = sampling(left, SeededRandom(seed, 5, 0))
         token = sampled_token(own, scores[0], position=seed)
         if token is not None:
             chosen += 1
