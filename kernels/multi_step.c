@@ -56,7 +56,7 @@ struct done {
     int64_t levels;  /* of the tree before it was cut; -1: no law was asked */
     int64_t width;   /* draft nodes that give the most tokens a second */
     double expected; /* tokens with these, by the shares */
-    double drafting, scoring, processing, choosing, learning; /* seconds; of choosing where C does */
+    double drafting, scoring, processing, choosing, learning; /* seconds, not of what others chose */
 };
 
 /* Room for steps and for `rows` nodes. */
@@ -309,7 +309,7 @@ int multi_step(struct going *g, int going) {
     return 0;
 }
 
-/* A single choice, by the logits of one node. */
+/* A choice by itself, for tests: by the logits of one node. */
 int64_t multi_step_sampled(const struct choosing *choosing, const float *logits, int64_t width,
                            int64_t position) {
     float largest;
@@ -325,7 +325,7 @@ void multi_step_sizes(int64_t *sizes) {
         sizeof(struct target), sizeof(struct drafter), sizeof(struct allowance),
         sizeof(struct text),   sizeof(struct done),    sizeof(struct record),
         sizeof(struct going),  sizeof(struct choosing),
-        MOST_NODES,            MOST_ENDS,              MOST_K,
+        MOST_NODES,            MOST_ENDS,              MOST_K, MOST_LEFT,
     };
     memcpy(sizes, own, sizeof own);
 }

@@ -108,8 +108,8 @@ class DoneStep(NamedTuple):
         expected: tokens that these were expected to give.
         drafting: seconds of growing and cutting.
         scoring: seconds of the pass.
-        processing: seconds of temperature and truncations; this and the next where C code chose.
-        choosing: seconds of the choice beside them.
+        processing: seconds that C code took for temperature and truncations.
+        choosing: seconds that it took for the choice beside them, also where it left it to others.
         learning: seconds of what came behind it.
     """
 
@@ -330,7 +330,7 @@ class RowDecoder:
 
 
 def sampled_token(choosing: ChoosingStruct, logits: Tensor, position: int) -> int | None:
-    """Returns what C code chooses at a node; None where others must.
+    """Returns what C code chooses at a node, None where others must; the choice alone, for tests.
 
     Args:
         choosing: by noise.
@@ -364,6 +364,6 @@ def _functions() -> tuple[Any, Any]:
 
 def structure_sizes() -> list[int]:
     """Returns what `step_structs` must agree with: bytes of structures, and limits."""
-    sizes = (ctypes.c_int64 * 11)()
+    sizes = (ctypes.c_int64 * 12)()
     library(_SOURCE).multi_step_sizes(sizes)
     return list(sizes)

@@ -51,13 +51,13 @@ static struct scored processed(const struct choosing *c, const float *logits, in
 }
 
 /* The token at `position`, chosen by its logits [width], of which the largest one is given. Below 0
- * where others must see to it: a nucleus has its border there, or there is no finite largest.
- * Adds the seconds that the processors took. */
+ * where others must see to it: what stays in a nucleus is not certain, too many logits are equal, or
+ * numbers are none or not finite. Adds the seconds that the processors took. */
 static inline int64_t sampled(const struct choosing *c, const float *logits, int64_t width,
                               float largest, int64_t position, double *processing) {
     float values[MOST_LEFT];
     int64_t ids[MOST_LEFT];
-    if (!(fabsf(largest) < INFINITY)) return -1;
+    if (!(fabsf(largest) < INFINITY) || !(c->temperature < INFINITY)) return -1;
     const double begin = now();
     const struct scored own = processed(c, logits, width, values, ids);
     *processing += now() - begin;

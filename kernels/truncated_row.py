@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec.kernels.native import library, why_not
 
 MOST_K = 64  # a list that is kept sorted by insertion
-_ROOM = 4 * MOST_K  # as truncation.h has it; more are left only where many are equal
+MOST_LEFT = 4 * MOST_K  # more are left only where many are equal
 _SOURCE = Path(__file__).with_suffix(".c")
 
 
@@ -50,7 +50,7 @@ def truncated_row(logits: Tensor, k: int, temperature: float) -> TruncatedRow | 
     if not fits or not 0 < k <= min(MOST_K, width) or why_not(_SOURCE) is not None:
         return None
     scores = np.empty(width, np.float32)
-    values, ids = np.empty(_ROOM, np.float32), np.empty(_ROOM, np.int64)
+    values, ids = np.empty(MOST_LEFT, np.float32), np.empty(MOST_LEFT, np.int64)
     count = _function()(
         *(logits.data_ptr(), width, k, temperature),
         *(own.ctypes.data for own in (scores, values, ids)),

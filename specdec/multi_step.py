@@ -77,7 +77,8 @@ class MultiStep:
         target: with a cache of one row.
         stats: of the call.
         limits: of the trees; None where these are Python's.
-        choosing: how C code chooses tokens.
+        choosing: returns how C code chooses tokens; asked before each call of it, as whoever gave a
+            processor may have turned it in between.
         verify: asked in the steps in which it cannot or may not.
     """
 
@@ -87,7 +88,7 @@ class MultiStep:
         target: TargetModel,
         stats: DecodeStats,
         limits: Limits | None,
-        choosing: ChoosingStruct,
+        choosing: Callable[[], ChoosingStruct],
         verify: Verify,
     ) -> None:
         self._parts = parts
@@ -123,7 +124,8 @@ class MultiStep:
         if drafter is not None and drafter.needs.every_step:
             return None
         limits = limits_of(call, rows[0], parts)
-        return cls(parts, target, stats, limits, choosing_of(call, rows[0], parts), verify)
+        choosing = partial(choosing_of, call, rows[0], parts)
+        return cls(parts, target, stats, limits, choosing, verify)
 
     def run(self, row: Row, steps: list[Step]) -> bool:
         """Runs some steps; returns False if the next one must be asked for.
@@ -151,17 +153,21 @@ class MultiStep:
                 self._limits = None  # a part of it is Python's
                 return False
             allowance = self._allowance(row, ahead, min(most, ahead.steps or most))
+            choosing = self._choosing()
             text, first = self._text(row), len(steps)
         judge = partial(self._judge, row, steps)
         begin, before = time.perf_counter(), sum(self._stats.seconds.values())
         struct = None if drafter is None else drafter.struct
-        done, error = target.run(text, start, allowance, struct, self._choosing, judge)
+        done, error = target.run(text, start, allowance, struct, choosing, judge)
         self._count(done)
         counted = sum(self._stats.seconds.values()) - before
         # what is around the steps: to make room for them, and to hand them over
         self._stats.seconds["draft"] += time.perf_counter() - begin - counted
         with self._stats.timed("verify"):
-            self._commit(row, done[len(steps) - first :], steps)
+            came = len(steps) - first
+            told = came - 1 in range(len(done))
+            if not told or len(steps[-1].tokens) == len(done[came - 1].emitted):
+                self._commit(row, done[came:], steps)  # nothing behind a step that was cut short
             self._learn(row, ahead, drafter, done, steps[first:])
         if error is not None:
             raise error
@@ -236,7 +242,8 @@ class MultiStep:
         self, row: Row, steps: list[Step], chosen: Sequence[DoneStep], scored: ScoredTree
     ) -> Judged:
         """Has the verifier decide about a tree, behind the steps that C code decided about."""
-        self._commit(row, chosen, steps)
+        with self._stats.timed("verify"):
+            self._commit(row, chosen, steps)
         before = len(steps)
         try:
             self._verify(row, self._scored(scored), steps)

@@ -92,8 +92,11 @@ class Counts:
         self.num_drafted += len(parents) - 1
         self.num_accepted += len(path)
         _add_at(self.acceptance_histogram, len(path))
-        for depth, node in enumerate([0, *path]):
-            children = [child for child, parent in enumerate(parents) if parent == node]
+        children_of: dict[int, list[int]] = {node: [] for node in (0, *path)}
+        for child, parent in enumerate(parents):
+            if parent in children_of:
+                children_of[parent].append(child)
+        for depth, children in enumerate(children_of.values()):
             # where a stop cut the path short, the verifier's next decision did not become text
             if not children or num_emitted <= depth:
                 break

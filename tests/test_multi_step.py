@@ -33,7 +33,7 @@ from specdec.kernels import step_structs
 from specdec.kernels.decoder_layer import why_not_native
 from specdec.kernels.keyed_argmax import keyed_argmax_reference
 from specdec.kernels.multi_step import RowDecoder, sampled_token, serves, structure_sizes
-from specdec.kernels.truncated_row import MOST_K
+from specdec.kernels.truncated_row import MOST_K, MOST_LEFT
 from specdec.native_rules import sampling
 from specdec.random import SeededRandom
 from specdec.row_text import Step
@@ -41,7 +41,7 @@ from specdec.testing.wrong import AlwaysWrong
 from specdec.trees import BestFirst, CoupledBestFirst
 from specdec.trees.tree import DraftTree
 from specdec.types import StepOutcome, Verdict
-from specdec.verifiers import Match
+from specdec.verifiers import Coupled, Match
 from specdec.warpers import cheaper, joined, truncation_of
 
 pytestmark = [
@@ -227,6 +227,88 @@ def test_c_code_draws_what_the_rule_draws(
     assert least <= len(judged) / sum(lengths) <= most
 
 
+class Ends(StoppingCriteria):
+    """Ends a text of some length, or fails there."""
+
+    def __init__(self, length: int, *, fails: bool = False) -> None:
+        self.length, self.fails = length, fails
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        if self.fails and input_ids.shape[1] == self.length:
+            raise RuntimeError("no criterion")
+        return torch.tensor([input_ids.shape[1] >= self.length])
+
+
+class OwnCoupled(Coupled):
+    """A rule of somebody else's."""
+
+
+class OwnTemperature(TemperatureLogitsWarper):
+    """A processor of somebody else's."""
+
+
+JUDGED: dict[str, dict[str, Any]] = {
+    "rule_subclass": {"verifier": OwnCoupled()},
+    "processor_subclass": {"logits_processor": [OwnTemperature(0.7)], "top_k": 0},
+    "two_temperatures": {"logits_processor": [TemperatureLogitsWarper(0.7)], "temperature": 0.8},
+    "top_k_first": {"logits_processor": [TopKLogitsWarper(9)], "temperature": 0.8, "top_k": 0},
+    "not_minus_infinity": {"logits_processor": [TopKLogitsWarper(9, -1e4)], "top_k": 0},
+    "criterion": {"stopping_criteria": [Ends(10_000)]},
+    "huge_temperature": {"temperature": 1e39, "top_k": 0},
+}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_the_rule_is_asked_where_c_code_may_not_choose(
+    name: str, lengths: list[int], judged: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, texts = dict(JUDGED[name]), []
+    verifier = own.pop("verifier", "coupled")
+    for _ in range(2):
+        generator = generator_of("trigram", node_budget=4, verifier=verifier)
+        texts.append(traced(generator, do_sample=True, seed=4, **own))
+        one_by_one(monkeypatch)
+    assert_same_steps(*texts)
+    assert max(lengths) > 3
+    assert len(judged) == sum(lengths)
+
+
+@pytest.mark.parametrize("seed", [-5, 2**63 + 11, 2**70 + 3])
+def test_seeds_of_any_size_draw_the_same_in_c_code(
+    seed: int, judged: list[int], lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+    for _ in range(2):
+        texts.append(traced(generator_of("trigram", node_budget=4), do_sample=True, seed=seed))
+        one_by_one(monkeypatch)
+    assert_same_steps(*texts)
+    assert max(lengths) > 3
+    assert not judged
+
+
+def test_a_processor_may_be_turned_between_tokens(lengths: list[int], judged: list[int]) -> None:
+    """Whoever streams holds it; the next call of C code goes by what it says then."""
+    texts: list[list[int]] = []
+    for turned in (0.3, 3.0):
+        warper = TemperatureLogitsWarper(0.3)
+        stream = generator_of(None).stream(
+            tiny.ids(tiny.prompt(8)),
+            max_new_tokens=160,
+            do_sample=True,
+            seed=1,
+            top_k=0,
+            logits_processor=[warper],
+        )
+        texts.append([])
+        for _, tokens in stream:
+            texts[-1] += tokens
+            warper.temperature = turned if len(texts[-1]) > 4 else 0.3
+    assert texts[0][:5] == texts[1][:5]
+    assert texts[0] != texts[1]
+    assert max(lengths) > 3
+    assert not judged
+
+
 def row_of(kind: str, width: int, rng: np.random.Generator) -> np.ndarray:
     row = rng.normal(0, 3, width).astype(np.float32)
     if kind == "ties":
@@ -254,12 +336,16 @@ def test_a_choice_is_that_of_processors_and_noise(kind: str, width: int) -> None
             parts.append(TopPLogitsWarper(rng.choice([0.5, 0.9, 0.99]), min_tokens_to_keep=2))
         left = truncation_of(joined([cheaper(part) for part in parts]))
         assert left is not None
-        scores = torch.from_numpy(row_of(kind, width, rng)).unsqueeze(0)
+        # behind the row stands what is no part of it
+        around = np.full((1, width + 64), np.nan, np.float32)
+        around[0, :width] = row_of(kind, width, rng)
+        scores = torch.from_numpy(around)[:, :width]
         expected = scores
         for part in parts:
             expected = part(None, expected)
         own = sampling(left, SeededRandom(seed, 5, 0))
         token = sampled_token(own, scores[0], position=seed)
+        assert token is not None or kind != "plain" or left.border is not None
         if token is not None:
             chosen += 1
             assert token == keyed_argmax_reference(expected[0], seed, 5, seed)
@@ -310,27 +396,16 @@ class Scores(LogitsProcessor):
         return scores + 0.0
 
 
-class Ends(StoppingCriteria):
-    """Ends a text of some length, or fails there."""
-
-    def __init__(self, length: int, *, fails: bool = False) -> None:
-        self.length, self.fails = length, fails
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        if self.fails and input_ids.shape[1] == self.length:
-            raise RuntimeError("no criterion")
-        return torch.tensor([input_ids.shape[1] >= self.length])
-
-
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("what", ["length", "eos", "criterion"])
 @pytest.mark.parametrize("drafter", [None, "hybrid"])
 def test_texts_end_where_they_must(
-    drafter: str | None, what: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
+    drafter: str | None, what: str, way: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within an accepted path too; a further text finds the drafter as it should be."""
     written = (
         generator_of(None)
-        .generate(tiny.ids(tiny.prompt(8)), max_new_tokens=50, do_sample=False)[0, 8:]
+        .generate(tiny.ids(tiny.prompt(8)), max_new_tokens=50, **WAYS[way])[0, 8:]
         .tolist()
     )
     endings: dict[str, dict[str, Any]] = {
@@ -339,16 +414,16 @@ def test_texts_end_where_they_must(
         "criterion": {"max_new_tokens": 50, "stopping_criteria": [Ends(8 + 29)]},
     }
     texts, reasons = [], []
-    for way in range(2):
+    for native in (True, False):
         generator = generator_of(drafter, node_budget=7)
         for _ in range(3):
-            steps = generator.trace(tiny.ids(tiny.prompt(8)), do_sample=False, **endings[what])
+            steps = generator.trace(tiny.ids(tiny.prompt(8)), **WAYS[way], **endings[what])
             texts.append([(step.tokens, step.path, step.tree.token_list) for step in steps])
             assert generator.stats is not None
             row = generator.stats.rows[0]
             reasons.append((row.finish_reason, row.num_generated, row.num_accepted))
         assert generator.drafter is None or generator.drafter._laws == {}  # type: ignore[attr-defined]
-        assert (max(lengths, default=0) > 3) == (way == 0)
+        assert (max(lengths, default=0) > 3) == native
         lengths.clear()
         one_by_one(monkeypatch)
     assert texts[:3] == texts[3:]
@@ -412,8 +487,11 @@ def test_what_became_text_before_an_error_is_delivered(
     assert len(texts[0]) in (23, 24)
 
 
-def test_numbers_that_are_none_are_told_of_by_the_step_they_come_in(lengths: list[int]) -> None:
-    prompt, arguments = tiny.ids(tiny.prompt(8)), {"max_new_tokens": 50, "do_sample": False}
+@pytest.mark.parametrize("way", WAYS)
+def test_numbers_that_are_none_are_told_of_by_the_step_they_come_in(
+    way: str, lengths: list[int]
+) -> None:
+    prompt, arguments = tiny.ids(tiny.prompt(8)), {"max_new_tokens": 50, **WAYS[way]}
     plain = generator_of(None)
     written = plain.generate(prompt, **arguments)[0, 8:].tolist()
     place = next(i for i in range(25, 50) if written[i] not in written[:i] + tiny.prompt(8))
@@ -444,8 +522,8 @@ def test_guesses_that_are_no_tokens_are_told_of(lengths: list[int]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that interrupt")
-@pytest.mark.parametrize("judged", [False, True])
-def test_an_interrupt_within_a_pass_ends_the_call(judged: bool, lengths: list[int]) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_an_interrupt_within_a_pass_ends_the_call(way: str, lengths: list[int]) -> None:
     """It is raised wherever it comes, and what was text by then has come."""
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals come to the main thread")
@@ -456,11 +534,8 @@ def test_an_interrupt_within_a_pass_ends_the_call(judged: bool, lengths: list[in
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         generator = generator_of("trigram", node_budget=2)
-        arguments = {"logits_processor": [Scores(most=1_000_000)]} if judged else {}
         text: list[int] = []
-        stream = generator.stream(
-            tiny.ids(tiny.prompt(8)), max_new_tokens=100_000, do_sample=False, **arguments
-        )
+        stream = generator.stream(tiny.ids(tiny.prompt(8)), max_new_tokens=100_000, **WAYS[way])
         next(stream)
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         with pytest.raises(KeyboardInterrupt):
@@ -469,7 +544,7 @@ def test_an_interrupt_within_a_pass_ends_the_call(judged: bool, lengths: list[in
         signal.signal(signal.SIGALRM, before)
     assert generator.stats is not None
     assert generator.stats.rows[0].num_generated > len(text) > 32
-    again = generator.generate(tiny.ids(tiny.prompt(8)), max_new_tokens=30, do_sample=False)
+    again = generator.generate(tiny.ids(tiny.prompt(8)), max_new_tokens=30, **WAYS[way])
     assert again[0, 9:].tolist() == text[:29]
     assert max(lengths) > 3
 
@@ -488,8 +563,9 @@ def test_paths_of_rules_are_looked_at() -> None:
         traced(generator, do_sample=False)
 
 
+@pytest.mark.parametrize("way", ["greedy", "sampled"])
 def test_a_conversation_goes_on_with_its_cache(
-    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+    way: str, lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = []
     for _ in range(2):
@@ -497,7 +573,7 @@ def test_a_conversation_goes_on_with_its_cache(
         first = generator.generate(
             tiny.ids(tiny.prompt(8)),
             max_new_tokens=30,
-            do_sample=False,
+            **WAYS[way],
             return_dict_in_generate=True,
         )
         longer = torch.cat([first.sequences, tiny.ids(tiny.prompt(5, seed=3))], dim=1)
@@ -506,13 +582,13 @@ def test_a_conversation_goes_on_with_its_cache(
                 longer,
                 past_key_values=first.past_key_values,
                 max_new_tokens=30,
-                do_sample=False,
+                **WAYS[way],
             )
         )
         one_by_one(monkeypatch)
     assert max(lengths) > 3
     assert torch.equal(*texts)
-    assert torch.equal(texts[0], generator.generate(longer, max_new_tokens=30, do_sample=False))
+    assert torch.equal(texts[0], generator.generate(longer, max_new_tokens=30, **WAYS[way]))
 
 
 @pytest.mark.parametrize("drafter", [None, "hybrid"])
@@ -619,7 +695,7 @@ def test_structures_are_those_of_the_c_code() -> None:
         *(step_structs.TextStruct, step_structs.DoneStruct, step_structs.RecordStruct),
         *(step_structs.GoingStruct, step_structs.ChoosingStruct),
     )
-    numbers = [step_structs.MOST_NODES, step_structs.MOST_ENDS, MOST_K]
+    numbers = [step_structs.MOST_NODES, step_structs.MOST_ENDS, MOST_K, MOST_LEFT]
     assert structure_sizes() == [*map(ctypes.sizeof, structures), *numbers]
 
 
