@@ -36,7 +36,7 @@ from specdec.kernels.multi_step import RowDecoder, sampled_token, serves, struct
 from specdec.kernels.truncated_row import MOST_K, MOST_LEFT
 from specdec.native_rules import sampling
 from specdec.random import SeededRandom
-from specdec.row_text import Step
+from specdec.row_text import Row, Step
 from specdec.testing.wrong import AlwaysWrong
 from specdec.trees import BestFirst, CoupledBestFirst
 from specdec.trees.tree import DraftTree
@@ -522,6 +522,35 @@ def test_guesses_that_are_no_tokens_are_told_of(lengths: list[int]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers that interrupt")
+def test_nothing_comes_behind_a_step_that_an_interrupt_cuts_short(
+    lengths: list[int], judged: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of the steps between two that are handed back, or within them, at any token."""
+    own = {"do_sample": True, "seed": 2, "max_new_tokens": 60, **CHOICES["border_at_some"][0]}
+    prompt, append = tiny.ids(tiny.prompt(8)), Row._append
+    written = generator_of(None).generate(prompt, **own)[0, 8:].tolist()
+    for place in range(6, 50):
+        left = [place]
+
+        def interrupted(self: Row, *args: Any, left: list[int] = left) -> None:
+            if [len(self.generated)] == left:
+                left.clear()  # it comes once
+                raise KeyboardInterrupt
+            append(self, *args)
+
+        text: list[int] = []
+        generator = generator_of("hybrid", node_budget=6)
+        with monkeypatch.context() as patch:
+            patch.setattr(Row, "_append", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                streamed(generator.stream(prompt, **own), text)
+        assert len(text) >= place  # what C code had chosen may come still
+        assert text == written[: len(text)]
+        assert generator.generate(prompt, **own)[0, 8:].tolist() == written
+    assert max(lengths) > 3
+    assert 0 < len(judged) < sum(lengths)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_interrupt_within_a_pass_ends_the_call(way: str, lengths: list[int]) -> None:
     """It is raised wherever it comes, and what was text by then has come."""
