@@ -80,13 +80,20 @@ class DoneStruct(ctypes.Structure):
     )
 
 
+class NucleusStruct(ctypes.Structure):
+    """`struct nucleus`."""
+
+    _fields_ = (("border", ctypes.c_float), ("kept", _LONG))
+
+
 class ChoosingStruct(ctypes.Structure):
     """`struct choosing`."""
 
     _fields_ = (
         ("way", _LONG),
-        *((name, ctypes.c_float) for name in ("temperature", "border")),
-        *((name, _LONG) for name in ("k", "kept")),
+        ("temperature", ctypes.c_float),
+        ("k", _LONG),
+        ("nucleus", NucleusStruct),
         ("seed", ctypes.c_uint64),
         ("row", _LONG),
         ("room", _POINTER),

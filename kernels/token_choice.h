@@ -11,10 +11,9 @@ enum { JUDGED, LIKELIEST, SAMPLED }; /* ways of choosing; where trees are judged
 struct choosing {
     int64_t way;
     float temperature; /* above 0; 1 for none */
-    float border;      /* chances of a nucleus' rest; below 0: no nucleus */
-    int64_t k;         /* of top-k, up to MOST_K; 0: all tokens, and no nucleus */
-    int64_t kept;      /* tokens that the nucleus leaves at least */
-    uint64_t seed;     /* of the noise; this and the next */
+    int64_t k;         /* of top-k, up to MOST_K; 0: all tokens */
+    struct nucleus nucleus; /* of those; none if its border is below 0 */
+    uint64_t seed;          /* of the noise; this and the next */
     int64_t row;
     float *room; /* [vocabulary], where scores of all tokens are made */
 };
@@ -33,21 +32,26 @@ struct scored {
 };
 
 static struct scored processed(const struct choosing *c, const float *logits, int64_t width,
-                               float *values, int64_t *ids) {
-    if (!c->k && c->temperature == 1) return (struct scored){logits, 0, width};
-    if (!c->k) {
-        for (int64_t i = 0; i < width; i++) c->room[i] = logits[i] / c->temperature;
-        return (struct scored){c->room, 0, width};
+                               float largest, float *values, int64_t *ids) {
+    const int narrows = c->nucleus.border >= 0;
+    if (c->k) {
+        const int k = (int)(c->k < width ? c->k : width);
+        const int64_t count = truncated(logits, width, k, c->temperature, 0, values, ids);
+        float least;
+        if (count < 0 || !narrows) return (struct scored){values, ids, count};
+        if (!least_kept(c->nucleus, values, count, count, 0, &least))
+            return (struct scored){.count = -1};
+        return (struct scored){values, ids, not_below(least, values, ids, count)};
     }
-    float least;
-    const int k = (int)(c->k < width ? c->k : width);
-    const int64_t count = truncated(logits, width, k, c->temperature, 0, values, ids);
-    if (count < 0 || c->border < 0) return (struct scored){values, ids, count};
-    if (!nucleus(values, count, c->border, c->kept, &least)) return (struct scored){.count = -1};
-    int64_t left = 0;
-    for (int64_t i = 0; i < count; i++)
-        if (values[i] >= least) values[left] = values[i], ids[left++] = ids[i];
-    return (struct scored){values, ids, left};
+    const float *scores = logits;
+    if (c->temperature != 1) {
+        for (int64_t i = 0; i < width; i++) c->room[i] = logits[i] / c->temperature;
+        scores = c->room, largest = largest / c->temperature;
+    }
+    if (!narrows) return (struct scored){scores, 0, width};
+    if (!(fabsf(largest) < INFINITY)) return (struct scored){.count = -1};
+    const int64_t count = nucleus_of_all(c->nucleus, scores, width, largest, values, ids);
+    return (struct scored){values, ids, count};
 }
 
 /* The token at `position`, chosen by its logits [width], of which the largest one is given. Below 0
@@ -59,7 +63,7 @@ static inline int64_t sampled(const struct choosing *c, const float *logits, int
     int64_t ids[MOST_LEFT];
     if (!(fabsf(largest) < INFINITY) || !(c->temperature < INFINITY)) return -1;
     const double begin = now();
-    const struct scored own = processed(c, logits, width, values, ids);
+    const struct scored own = processed(c, logits, width, largest, values, ids);
     *processing += now() - begin;
     if (own.count < 0) return -1;
     if (own.tokens)

@@ -4,12 +4,14 @@
 #include <math.h>
 #include <string.h>
 
+#include "exponential.h"
 #include "top_k.h"
 
-enum { MOST_K = 64, MOST_LEFT = 4 * MOST_K, MOST_TRIES = 64 };
+enum { MOST_K = 64, MOST_LEFT = 8 * MOST_K, MOST_TRIES = 64 };
 
-/* beyond what torch's float32 sums over MOST_LEFT chances can be wrong by */
-static const double SURE = 1e-4;
+/* roundings of a chance beside those of sums: in exp, in the division, as the cumulative sum, twice
+ * or more */
+static const double FACTORS = 64;
 
 /* What is left of logits [width] after division by a temperature above 0 and top-k, 1 to MOST_K:
  * `values` and `ids` [MOST_LEFT], ids rising; scores [width], if not null, become minus infinity.
@@ -47,13 +49,24 @@ static inline int64_t truncated(const float *logits, int64_t width, int k, float
     return count;
 }
 
-/* The least of values [count] that stays in a nucleus. Probabilities are added up from the least
- * value; those up to which the sum is at most `border` fall away, but `kept` values always stay.
- * Returns 0 where torch's sum may lie on the other side of the border, or equal values on both. */
-static inline int nucleus(const float *values, int64_t count, float border, int64_t kept,
-                          float *least) {
+/* Where a nucleus ends. Probabilities are added up from the least; tokens up to which the sum is at
+ * most `border` fall away, but `kept` always stay. */
+struct nucleus {
+    float border;
+    int64_t kept;
+};
+
+/* The least of values [count] that stays of `width` tokens; beside them there are others, smaller
+ * ones, whose exp relative to the largest value come to `rest`. Returns 0 where torch's sums may lie
+ * on the other side of the border, the border is among the others, or equal values are on both
+ * sides. */
+static inline int least_kept(struct nucleus n, const float *values, int64_t count, int64_t width,
+                             double rest, float *least) {
     float rising[count];
-    double chances[count], total = 0, sum = 0;
+    double chances[count], total = rest;
+    /* positive float32 numbers, of many at least eight side by side; and what `rest` may err by */
+    const double sums = rest > 0 ? width / 8 : width;
+    const double sure = n.border * (sums + FACTORS) * 0x1p-24 + (rest > 0 ? 0x1p-21 : 0);
     for (int64_t i = 0; i < count; i++) {
         int64_t place = i;
         for (; place > 0 && rising[place - 1] > values[i]; place--)
@@ -62,14 +75,79 @@ static inline int nucleus(const float *values, int64_t count, float border, int6
     }
     for (int64_t i = 0; i < count; i++)
         total += chances[i] = exp((double)rising[i] - rising[count - 1]);
+    double sum = rest / total;
+    if (rest > 0 && sum > n.border - sure) return 0;
     int64_t fallen = 0;
     for (int64_t i = 0; i < count; i++) {
         sum += chances[i] / total;
-        if (fabs(sum - border) < SURE) return 0;
-        if (sum < border) fallen = i + 1;
+        if (fabs(sum - n.border) < sure) return 0;
+        if (sum < n.border) fallen = i + 1;
     }
-    if (fallen > count - kept) fallen = count > kept ? count - kept : 0;
+    if (fallen > count - n.kept) fallen = count - n.kept;
+    if (fallen < 0 && rest > 0) return 0; /* some of the others stay */
+    if (fallen < 0) fallen = 0;
     if (fallen && rising[fallen - 1] == rising[fallen]) return 0;
     *least = rising[fallen];
     return 1;
+}
+
+/* Keeps those of values and ids [count] that are not below `least`; returns how many. */
+static inline int64_t not_below(float least, float *values, int64_t *ids, int64_t count) {
+    int64_t left = 0;
+    for (int64_t i = 0; i < count; i++)
+        if (values[i] >= least) values[left] = values[i], ids[left++] = ids[i];
+    return left;
+}
+
+/* The sum of exp(scores [count] - top). */
+static inline double mass_of(const float *scores, int64_t count, float top) {
+    double total = 0;
+    for (int64_t begin = 0; begin < count; begin += STRETCH) {
+        float parts[STRETCH];
+        const int64_t here = count - begin < STRETCH ? count - begin : STRETCH;
+        for (int64_t i = 0; i < STRETCH; i++)
+            parts[i] = i < here ? exponential(scores[begin + i] - top) : 0;
+        for (int half = STRETCH / 2; half; half /= 2)
+            for (int i = 0; i < half; i++) parts[i] += parts[i + half];
+        total += parts[0];
+    }
+    return total;
+}
+
+/* Those of scores [width] that lie less than `reach` below `top`, as `values` and `ids` [MOST_LEFT],
+ * ids rising. Returns how many; -1 if they are more. */
+static inline int64_t within(float reach, const float *scores, int64_t width, float top,
+                             float *values, int64_t *ids) {
+    int64_t count = 0;
+    const float lowest = top - reach;
+    for (int64_t begin = 0; begin < width; begin += STRETCH) {
+        const int64_t end = begin + STRETCH < width ? begin + STRETCH : width;
+        int found = 0;
+        for (int64_t i = begin; i < end; i++) found |= scores[i] > lowest;
+        for (int64_t i = begin; found && i < end; i++) {
+            if (!(scores[i] > lowest)) continue;
+            if (count == MOST_LEFT) return -1;
+            values[count] = scores[i], ids[count++] = i;
+        }
+    }
+    return count;
+}
+
+/* The nucleus of all scores [width], none of them NaN and `top` the largest: values and ids
+ * [MOST_LEFT], ids rising. Returns how many; -1 where others must see to it. */
+static inline int64_t nucleus_of_all(struct nucleus n, const float *scores, int64_t width, float top,
+                                     float *values, int64_t *ids) {
+    const double total = mass_of(scores, width, top);
+    for (float reach = 2; reach < 32; reach += 2) { /* those that stay are few and near the top */
+        const int64_t count = within(reach, scores, width, top, values, ids);
+        if (count < 0) return -1;
+        double rest = total;
+        for (int64_t i = 0; i < count; i++) rest -= exp((double)values[i] - top);
+        float least;
+        if (rest > n.border * total) continue;
+        if (least_kept(n, values, count, width, rest > 0 ? rest : 0, &least))
+            return not_below(least, values, ids, count);
+        return -1;
+    }
+    return -1;
 }

@@ -186,22 +186,12 @@ class DecodeLoop:
         if self._several is not None and self._several.run(active[0], steps):
             self._retire()
             return
-        with self._stats.timed("draft"):
-            begin = time.perf_counter()
-            context = sum(self._target.lengths) / len(active)
-            trees = self._drafting.trees(active, context)
-            rows = [row.index for row in active]
-            trees = self._parts.budget.cut(rows, trees, context, time.perf_counter() - begin)
-        before = self._pass_seconds
-        drafter = self._parts.drafter
+        context = sum(self._target.lengths) / len(active)
+        trees = self._trees(active, context)
+        drafter, before = self._parts.drafter, self._pass_seconds
         learns = drafter is not None and (drafter.needs.every_step or self._parts.budget.learns())
         top_k = drafter.needs.node_top_k if drafter is not None and learns else 0
-        with self._stats.timed("target"):
-            upcoming = self._parts.budget.drafts_next(len(active))
-            # a greedy choice is the likeliest token, where nothing changes the logits
-            select = max(top_k, int(self._call.greedy and not self._call.processors))
-            scores = self._target.score(trees, probes=upcoming, top_k=select)
-            self._stats.target_passes += 1
+        scores = self._score(trees, top_k)
         all_logits = scores.of(trees)
         with self._stats.timed("verify"):
             tops = scores.top_tokens(trees, top_k)
@@ -221,6 +211,24 @@ class DecodeLoop:
             with self._stats.timed("observe"):
                 self._learn(drafter, steps, scores, tops if top_k else [None] * len(steps))
         self._retire()
+
+    def _trees(self, active: list[Row], context: float) -> list[DraftTree]:
+        """Returns what is to be scored of each row behind `context` tokens on average."""
+        with self._stats.timed("draft"):
+            begin = time.perf_counter()
+            trees = self._drafting.trees(active, context)
+            rows = [row.index for row in active]
+            return self._parts.budget.cut(rows, trees, context, time.perf_counter() - begin)
+
+    def _score(self, trees: Sequence[DraftTree], top_k: int) -> Scores:
+        """Runs the pass over the trees; `top_k` likeliest tokens are wanted behind each node."""
+        with self._stats.timed("target"):
+            upcoming = self._parts.budget.drafts_next(len(trees))
+            # a greedy choice is the likeliest token, where nothing changes the logits
+            select = max(top_k, int(self._call.greedy and not self._call.processors))
+            scores = self._target.score(trees, probes=upcoming, top_k=select)
+            self._stats.target_passes += 1
+        return scores
 
     def _learn(
         self,

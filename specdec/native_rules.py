@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from specdec.call import Call
 from specdec.drafters.native_drafter import has_native
-from specdec.kernels.step_structs import JUDGED, LIKELIEST, SAMPLED, ChoosingStruct
+from specdec.kernels.step_structs import JUDGED, LIKELIEST, SAMPLED, ChoosingStruct, NucleusStruct
 from specdec.kernels.truncated_row import MOST_K
 from specdec.random import RandomSource, SeededRandom
 from specdec.row_text import Row
@@ -76,9 +76,8 @@ def sampling(left: Truncation, random: RandomSource) -> ChoosingStruct:
     return ChoosingStruct(
         way=SAMPLED,
         temperature=left.temperature,
-        border=-1.0 if left.border is None else left.border,
         k=left.top_k,
-        kept=left.min_kept,
+        nucleus=NucleusStruct(-1.0 if left.border is None else left.border, left.min_kept),
         seed=seed,
         row=row,
     )

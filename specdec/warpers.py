@@ -86,21 +86,22 @@ def truncation_of(processors: Sequence[Any]) -> Truncation | None:
     Args:
         processors: as `joined` gave them; none at all leave everything.
     """
-    if not processors:
-        return Truncation()
-    own, *others = processors
-    if others:
-        return None
-    if type(own) is TemperatureLogitsWarper:
-        return Truncation(own.temperature)
-    if type(own) is not JoinedLogitsWarper:
-        return None
-    temperature = 1.0 if own.temperature is None else own.temperature.temperature
-    made = Truncation(temperature, own.top_k.top_k)
-    top_p = own.top_p
-    if top_p is None:
-        return made
-    return made._replace(border=float(top_p.border), min_kept=top_p.min_tokens_to_keep)
+    parts = list(processors)
+    if len(parts) == 1 and type(parts[0]) is JoinedLogitsWarper:
+        parts = parts[0].parts
+    made = Truncation()
+    if parts and type(parts[0]) is TemperatureLogitsWarper:
+        made = made._replace(temperature=parts.pop(0).temperature)
+    if parts and _is_plain(parts[0], NativeTopKLogitsWarper):
+        made = made._replace(top_k=parts.pop(0).top_k)
+    if parts and _is_plain(parts[0], SortedTopPLogitsWarper):
+        nucleus = parts.pop(0)
+        made = made._replace(border=float(nucleus.border), min_kept=nucleus.min_tokens_to_keep)
+    return None if parts else made
+
+
+def _is_plain(processor: Any, kind: type) -> bool:
+    return type(processor) is kind and processor.filter_value == -np.inf
 
 
 class JoinedLogitsWarper(LogitsProcessor):
@@ -122,14 +123,20 @@ class JoinedLogitsWarper(LogitsProcessor):
     ) -> None:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
 
+    @property
+    def parts(self) -> list[Any]:
+        """What it does, in order."""
+        every = (self.temperature, self.top_k, self.top_p)
+        return [part for part in every if part is not None]
+
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Tensor:
         """Returns ``[n, V]`` scores, minus infinity where a token falls away."""
         own = self._kept(scores) if len(scores) == 1 else None
         if own is not None:
             return own
         made: Any = scores
-        for part in (self.temperature, self.top_k, self.top_p):
-            made = made if part is None else part(input_ids, made)
+        for part in self.parts:
+            made = part(input_ids, made)
         one_by_one: Tensor = made
         return one_by_one
 

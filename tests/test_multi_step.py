@@ -182,8 +182,8 @@ def test_steps_and_tables_are_those_of_steps_one_by_one(
         assert sampled == (policies[0].squares != 1).any()
 
 
-# what stays is certain nearly everywhere, nowhere (the rest of the nucleus sums up to its border),
-# or where the least of three tokens is not so unlikely that the border is beside it
+# what stays is certain nearly everywhere, nowhere (all chances together are the border), or where
+# two tokens are not so alike that either may be half
 CHOICES: dict[str, tuple[dict[str, Any], float, float]] = {
     "all": ({"top_k": 0}, 0, 0),
     "temperature": ({"top_k": 0, "temperature": 1.7}, 0, 0),
@@ -192,9 +192,9 @@ CHOICES: dict[str, tuple[dict[str, Any], float, float]] = {
     "nucleus": ({"top_k": 50, "temperature": 0.7, "top_p": 0.9}, 0, 0.2),
     "one_token": ({"top_k": 20, "temperature": 0.1, "top_p": 0.05}, 0, 0.2),
     "border_at_all": ({"top_k": 20, "top_p": 0.0}, 1, 1),
-    "border_at_some": ({"top_k": 3, "temperature": 0.2, "top_p": 0.9999}, 0.05, 0.95),
+    "border_at_some": ({"top_k": 2, "temperature": 1e5, "top_p": 0.5}, 0.05, 0.95),
     "large_top_k": ({"top_k": 65}, 1, 1),
-    "no_top_k": ({"top_k": 0, "top_p": 0.8}, 1, 1),
+    "no_top_k": ({"top_k": 0, "top_p": 0.8, "temperature": 0.8}, 0, 0.2),
     "min_p": ({"min_p": 0.05}, 1, 1),
     "scores_kept": ({"output_scores": True, "return_dict_in_generate": True}, 1, 1),
 }
@@ -253,6 +253,7 @@ JUDGED: dict[str, dict[str, Any]] = {
     "two_temperatures": {"logits_processor": [TemperatureLogitsWarper(0.7)], "temperature": 0.8},
     "top_k_first": {"logits_processor": [TopKLogitsWarper(9)], "temperature": 0.8, "top_k": 0},
     "not_minus_infinity": {"logits_processor": [TopKLogitsWarper(9, -1e4)], "top_k": 0},
+    "nucleus_of_another_value": {"logits_processor": [TopPLogitsWarper(0.9, -1e4)], "top_k": 0},
     "criterion": {"stopping_criteria": [Ends(10_000)]},
     "huge_temperature": {"temperature": 1e39, "top_k": 0},
 }
@@ -323,7 +324,7 @@ def row_of(kind: str, width: int, rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["plain", "ties", "barred", "nan", "inf", "none"])
-@pytest.mark.parametrize("width", [3, 64, 200, 1000])
+@pytest.mark.parametrize("width", [3, 64, 200, 1000, 5003])
 def test_a_choice_is_that_of_processors_and_noise(kind: str, width: int) -> None:
     """For what C code cannot be sure of it chooses nothing."""
     rng = np.random.default_rng(width)
@@ -332,7 +333,7 @@ def test_a_choice_is_that_of_processors_and_noise(kind: str, width: int) -> None
         temperature, top_k = rng.choice([1.0, 0.3, 2.0]), int(rng.choice([0, 1, 20, 64]))
         parts: list[Any] = [] if temperature == 1 else [TemperatureLogitsWarper(float(temperature))]
         parts += [TopKLogitsWarper(top_k)] if top_k else []
-        if top_k and rng.random() < 0.7:
+        if rng.random() < 0.7:
             parts.append(TopPLogitsWarper(rng.choice([0.5, 0.9, 0.99]), min_tokens_to_keep=2))
         left = truncation_of(joined([cheaper(part) for part in parts]))
         assert left is not None
