@@ -101,7 +101,8 @@ def truncation_of(processors: Sequence[Any]) -> Truncation | None:
 
 
 def _is_plain(processor: Any, kind: type) -> bool:
-    return type(processor) is kind and processor.filter_value == -np.inf
+    cuts = type(processor) is kind
+    return cuts and bool(processor.filter_value == -np.inf)
 
 
 class JoinedLogitsWarper(LogitsProcessor):

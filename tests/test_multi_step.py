@@ -328,7 +328,8 @@ def row_of(kind: str, width: int, rng: np.random.Generator) -> np.ndarray:
 def test_a_choice_is_that_of_processors_and_noise(kind: str, width: int) -> None:
     """For what C code cannot be sure of it chooses nothing."""
     rng = np.random.default_rng(width)
-    chosen = 0
+    chosen: list[bool] = []
+    of_all: list[bool] = []
     for seed in range(60):
         temperature, top_k = rng.choice([1.0, 0.3, 2.0]), int(rng.choice([0, 1, 20, 64]))
         parts: list[Any] = [] if temperature == 1 else [TemperatureLogitsWarper(float(temperature))]
@@ -344,16 +345,20 @@ def test_a_choice_is_that_of_processors_and_noise(kind: str, width: int) -> None
         expected = scores
         for part in parts:
             expected = part(None, expected)
-        own = sampling(left, SeededRandom(seed, 5, 0))
-        token = sampled_token(own, scores[0], position=seed)
-        assert token is not None or kind != "plain" or left.border is not None
-        if token is not None:
-            chosen += 1
-            assert token == keyed_argmax_reference(expected[0], seed, 5, seed)
+        for position in range(20):
+            own = sampling(left, SeededRandom(seed, 5, 0))
+            token = sampled_token(own, scores[0], position)
+            chosen.append(token is not None)
+            if token is not None:
+                assert token == keyed_argmax_reference(expected[0], seed, 5, position)
+        assert chosen[-1] or kind != "plain" or left.border is not None
+        of_all += [chosen[-1]] if left.border is not None and not top_k else []
     if kind in ("nan", "inf", "none"):
-        assert chosen == 0
+        assert not any(chosen)
     else:
-        assert chosen > (30 if kind == "plain" else 5)
+        assert sum(chosen) > (600 if kind == "plain" else 100)
+    if kind == "plain" and width > 3:
+        assert sum(of_all) > len(of_all) / 2 > 2
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
