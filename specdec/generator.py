@@ -189,7 +189,7 @@ class SpeculativeGenerator:
     ) -> Iterator[tuple[int, list[int]]]:
         """Yields ``(row, tokens)`` as tokens are committed; arguments as for `generate`.
 
-        Where passes are short, what 40 ms commit comes together.
+        Where passes are short, what 50 ms commit comes together.
 
         Every token committed so far has been yielded when an error reaches the caller. The
         generator is busy until the iterator is exhausted or closed.

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from specdec.loop import Parts
 
 # in which nothing is streamed
-_SECONDS = 0.04
+_SECONDS = 0.05
 _FEWEST = 2  # steps for which it is worth its own preparation
 _NO_LIMIT = 1 << 40
 _PLAIN = Allowance(Budget(0, 0))

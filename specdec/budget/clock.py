@@ -20,7 +20,7 @@ class DraftClock:
         self.learn_seconds = 0.0  # for a node more
         self.plain_learn_seconds = 0.0  # of a step without a draft
         # weight, nodes, their squares, seconds, and nodes x seconds of what was learned from
-        self._sums = [0.0] * 5
+        self._sums = 0.0, 0.0, 0.0, 0.0, 0.0
 
     def drafted(self, levels: int, seconds: float) -> None:
         """Notes what it took to draft a tree of so many levels."""
@@ -34,12 +34,15 @@ class DraftClock:
             return
         if not drafted:
             self.plain_learn_seconds = _followed(self.plain_learn_seconds, seconds)
-        weight, *_, total, _ = self._sums
+        weight, nodes, squares, total, products = self._sums
         if weight:
             seconds = min(seconds, 4 * total / weight)  # a pause of the machine
-        own = (1.0, num_rows, num_rows**2, seconds, num_rows * seconds)
-        self._sums = [_MEMORY * known + new for known, new in zip(self._sums, own, strict=True)]
-        weight, nodes, squares, total, products = self._sums
+        weight = _MEMORY * weight + 1.0
+        nodes = _MEMORY * nodes + num_rows
+        squares = _MEMORY * squares + num_rows * num_rows
+        total = _MEMORY * total + seconds
+        products = _MEMORY * products + num_rows * seconds
+        self._sums = weight, nodes, squares, total, products
         spread = squares / weight - (nodes / weight) ** 2
         if spread > _LEAST_SPREAD:
             slope = (products / weight - nodes * total / weight**2) / spread

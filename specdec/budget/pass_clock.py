@@ -30,7 +30,7 @@ class PassClock:
         self._cost = cost
         self._follows = follows
         # passes, what nodes add, its square, the time, what nodes add x the time
-        self._sums = [0.0] * 5
+        self._sums = 0.0, 0.0, 0.0, 0.0, 0.0
         self._factors = (1.0, 1.0)
         self._known: dict[float, float] = {}  # of the table, behind prefixes of some length
         self._known_at = -1
@@ -61,10 +61,14 @@ class PassClock:
         more = foretold[nodes] / least - 1.0
         base, slope = self._factors
         took = min(seconds / least, _LONGEST * (base + slope * more))
-        own = (1.0, more, more * more, took, more * took)
-        self._sums = [_MEMORY * known + new for known, new in zip(self._sums, own, strict=True)]
-        # two equations, solved by hand: numpy's calls took longer than all the rest
         ones, mores, squares, tooks, products = self._sums
+        ones = _MEMORY * ones + 1.0
+        mores = _MEMORY * mores + more
+        squares = _MEMORY * squares + more * more
+        tooks = _MEMORY * tooks + took
+        products = _MEMORY * products + more * took
+        self._sums = ones, mores, squares, tooks, products
+        # two equations, solved by hand: numpy's calls took longer than all the rest
         ones, squares = ones + _PRIOR[0], squares + _PRIOR[1]
         tooks, products = tooks + _PRIOR[0], products + _PRIOR[1]
         determinant = ones * squares - mores * mores
