@@ -309,16 +309,6 @@ int multi_step(struct going *g, int going) {
     return 0;
 }
 
-/* A choice by itself, for tests: by the logits of one node. */
-int64_t multi_step_sampled(const struct choosing *choosing, const float *logits, int64_t width,
-                           int64_t position) {
-    float largest;
-    int64_t id;
-    double processing = 0;
-    top_k(logits, width, 1, &largest, &id);
-    return sampled(choosing, logits, width, largest, position, &processing);
-}
-
 /* What Python must agree with. */
 void multi_step_sizes(int64_t *sizes) {
     const int64_t own[] = {

@@ -329,24 +329,6 @@ class RowDecoder:
         done.accepted, done.emitted = len(path), len(emitted)
 
 
-def sampled_token(choosing: ChoosingStruct, logits: Tensor, position: int) -> int | None:
-    """Returns what C code chooses at a node, None where others must; the choice alone, for tests.
-
-    Args:
-        choosing: by noise.
-        logits: ``[V]`` float32, contiguous.
-        position: absolute position of the token.
-    """
-    room = torch.empty_like(logits)
-    choosing.room = room.data_ptr()
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    function: Any = library(_SOURCE).multi_step_sampled
-    function.argtypes = [ctypes.POINTER(ChoosingStruct), pointer, size, size]
-    function.restype = size
-    token: int = function(choosing, logits.data_ptr(), len(logits), position)
-    return None if token < 0 else token
-
-
 def serves() -> bool:
     """Returns whether the C code can be had here."""
     return why_not(_SOURCE) is None

@@ -39,7 +39,7 @@ static struct scored processed(const struct choosing *c, const float *logits, in
         const int64_t count = truncated(logits, width, k, c->temperature, 0, values, ids);
         float least;
         if (count < 0 || !narrows) return (struct scored){values, ids, count};
-        if (!least_kept(c->nucleus, values, count, count, 0, &least))
+        if (least_kept(c->nucleus, values, count, count, 0, &least) != FOUND)
             return (struct scored){.count = -1};
         return (struct scored){values, ids, not_below(least, values, ids, count)};
     }

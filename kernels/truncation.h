@@ -12,6 +12,7 @@ enum { MOST_K = 64, MOST_LEFT = 8 * MOST_K, MOST_TRIES = 64 };
 /* roundings of a chance beside those of sums: in exp, in the division, as the cumulative sum, twice
  * or more */
 static const double FACTORS = 64;
+static const float FURTHEST = 32; /* below the likeliest token, which no nucleus reaches */
 
 /* What is left of logits [width] after division by a temperature above 0 and top-k, 1 to MOST_K:
  * `values` and `ids` [MOST_LEFT], ids rising; scores [width], if not null, become minus infinity.
@@ -56,17 +57,21 @@ struct nucleus {
     int64_t kept;
 };
 
-/* The least of values [count] that stays of `width` tokens; beside them there are others, smaller
- * ones, whose exp relative to the largest value come to `rest`. Returns 0 where torch's sums may lie
- * on the other side of the border, the border is among the others, or equal values are on both
- * sides. */
+enum { UNSURE, FOUND, FURTHER };
+
+/* The least of values [count] that stays of `width` tokens; the others are smaller, and their exp
+ * relative to the largest value come to `rest`. UNSURE where torch's sums may lie on the other side
+ * of the border or equal values on both sides, FURTHER where it is among the others. */
 static inline int least_kept(struct nucleus n, const float *values, int64_t count, int64_t width,
                              double rest, float *least) {
     float rising[count];
     double chances[count], total = rest;
-    /* positive float32 numbers, of many at least eight side by side; and what `rest` may err by */
-    const double sums = rest > 0 ? width / 8 : width;
-    const double sure = n.border * (sums + FACTORS) * 0x1p-24 + (rest > 0 ? 0x1p-21 : 0);
+    const int others = width > count;
+    /* positive float32 numbers, of many at least four side by side */
+    const double sums = others ? (double)width / 4 : (double)width;
+    /* what `rest` errs by; and chances may be nothing in float32 */
+    const double errs = others ? 0x1p-20 : 0x1p-100;
+    const double sure = n.border * (sums + FACTORS) * 0x1p-24 + errs;
     for (int64_t i = 0; i < count; i++) {
         int64_t place = i;
         for (; place > 0 && rising[place - 1] > values[i]; place--)
@@ -76,19 +81,19 @@ static inline int least_kept(struct nucleus n, const float *values, int64_t coun
     for (int64_t i = 0; i < count; i++)
         total += chances[i] = exp((double)rising[i] - rising[count - 1]);
     double sum = rest / total;
-    if (rest > 0 && sum > n.border - sure) return 0;
+    if (others && sum > n.border - sure) return FURTHER;
     int64_t fallen = 0;
     for (int64_t i = 0; i < count; i++) {
         sum += chances[i] / total;
-        if (fabs(sum - n.border) < sure) return 0;
+        if (fabs(sum - n.border) < sure) return UNSURE;
         if (sum < n.border) fallen = i + 1;
     }
     if (fallen > count - n.kept) fallen = count - n.kept;
-    if (fallen < 0 && rest > 0) return 0; /* some of the others stay */
+    if (fallen < 0 && others) return FURTHER;
     if (fallen < 0) fallen = 0;
-    if (fallen && rising[fallen - 1] == rising[fallen]) return 0;
+    if (fallen && rising[fallen - 1] == rising[fallen]) return UNSURE;
     *least = rising[fallen];
-    return 1;
+    return FOUND;
 }
 
 /* Keeps those of values and ids [count] that are not below `least`; returns how many. */
@@ -138,16 +143,17 @@ static inline int64_t within(float reach, const float *scores, int64_t width, fl
 static inline int64_t nucleus_of_all(struct nucleus n, const float *scores, int64_t width, float top,
                                      float *values, int64_t *ids) {
     const double total = mass_of(scores, width, top);
-    for (float reach = 2; reach < 32; reach += 2) { /* those that stay are few and near the top */
+    for (float reach = 2; reach < FURTHEST; reach += 2) { /* those that stay are few and near */
         const int64_t count = within(reach, scores, width, top, values, ids);
         if (count < 0) return -1;
+        if (!count) continue; /* of numbers so large that `reach` is none */
         double rest = total;
         for (int64_t i = 0; i < count; i++) rest -= exp((double)values[i] - top);
+        if (rest < 0 || count == width) rest = 0; /* what is left of it was rounding */
         float least;
-        if (rest > n.border * total) continue;
-        if (least_kept(n, values, count, width, rest > 0 ? rest : 0, &least))
-            return not_below(least, values, ids, count);
-        return -1;
+        const int found = least_kept(n, values, count, width, rest, &least);
+        if (found == FOUND) return not_below(least, values, ids, count);
+        if (found == UNSURE) return -1;
     }
     return -1;
 }

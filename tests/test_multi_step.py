@@ -31,18 +31,14 @@ from specdec.drafters import EarlyExit, Hybrid, PromptLookup, Suffix, TokenRecyc
 from specdec.errors import ConfigError, LogitsError
 from specdec.kernels import step_structs
 from specdec.kernels.decoder_layer import why_not_native
-from specdec.kernels.keyed_argmax import keyed_argmax_reference
-from specdec.kernels.multi_step import RowDecoder, sampled_token, serves, structure_sizes
+from specdec.kernels.multi_step import RowDecoder, serves, structure_sizes
 from specdec.kernels.truncated_row import MOST_K, MOST_LEFT
-from specdec.native_rules import sampling
-from specdec.random import SeededRandom
 from specdec.row_text import Row, Step
 from specdec.testing.wrong import AlwaysWrong
 from specdec.trees import BestFirst, CoupledBestFirst
 from specdec.trees.tree import DraftTree
 from specdec.types import StepOutcome, Verdict
 from specdec.verifiers import Coupled, Match
-from specdec.warpers import cheaper, joined, truncation_of
 
 pytestmark = [
     pytest.mark.skipif(why_not_native() is not None, reason=f"no native code: {why_not_native()}"),
@@ -308,57 +304,6 @@ def test_a_processor_may_be_turned_between_tokens(lengths: list[int], judged: li
     assert texts[0] != texts[1]
     assert max(lengths) > 3
     assert not judged
-
-
-def row_of(kind: str, width: int, rng: np.random.Generator) -> np.ndarray:
-    row = rng.normal(0, 3, width).astype(np.float32)
-    if kind == "ties":
-        row = np.round(row)
-    if kind == "barred":
-        row[rng.random(width) < 0.9] = -np.inf
-    if kind in ("nan", "inf"):
-        row[rng.integers(width)] = float(kind)
-    if kind == "none":
-        row[:] = -np.inf
-    return row
-
-
-@pytest.mark.parametrize("kind", ["plain", "ties", "barred", "nan", "inf", "none"])
-@pytest.mark.parametrize("width", [3, 64, 200, 1000, 5003])
-def test_a_choice_is_that_of_processors_and_noise(kind: str, width: int) -> None:
-    """For what C code cannot be sure of it chooses nothing."""
-    rng = np.random.default_rng(width)
-    chosen: list[bool] = []
-    of_all: list[bool] = []
-    for seed in range(60):
-        temperature, top_k = rng.choice([1.0, 0.3, 2.0]), int(rng.choice([0, 1, 20, 64]))
-        parts: list[Any] = [] if temperature == 1 else [TemperatureLogitsWarper(float(temperature))]
-        parts += [TopKLogitsWarper(top_k)] if top_k else []
-        if rng.random() < 0.7:
-            parts.append(TopPLogitsWarper(rng.choice([0.5, 0.9, 0.99]), min_tokens_to_keep=2))
-        left = truncation_of(joined([cheaper(part) for part in parts]))
-        assert left is not None
-        # behind the row stands what is no part of it
-        around = np.full((1, width + 64), np.nan, np.float32)
-        around[0, :width] = row_of(kind, width, rng)
-        scores = torch.from_numpy(around)[:, :width]
-        expected = scores
-        for part in parts:
-            expected = part(None, expected)
-        for position in range(20):
-            own = sampling(left, SeededRandom(seed, 5, 0))
-            token = sampled_token(own, scores[0], position)
-            chosen.append(token is not None)
-            if token is not None:
-                assert token == keyed_argmax_reference(expected[0], seed, 5, position)
-        assert chosen[-1] or kind != "plain" or left.border is not None
-        of_all += [chosen[-1]] if left.border is not None and not top_k else []
-    if kind in ("nan", "inf", "none"):
-        assert not any(chosen)
-    else:
-        assert sum(chosen) > (600 if kind == "plain" else 100)
-    if kind == "plain" and width > 3:
-        assert sum(of_all) > len(of_all) / 2 > 2
 
 
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
