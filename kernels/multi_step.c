@@ -143,12 +143,6 @@ static int score(const struct target *t, const struct tree *tree, int64_t start,
     return failed;
 }
 
-static int64_t child_with(const struct tree *tree, int64_t parent, int32_t token) {
-    for (int64_t node = parent + 1; node < tree->count; node++)
-        if (tree->parents[node] == parent && tree->tokens[node] == token) return node;
-    return -1;
-}
-
 static int ends_with(const struct text *text, int32_t token) {
     for (int64_t i = 0; i < text->num_ends; i++)
         if (text->ends[i] == token) return 1;
@@ -182,7 +176,7 @@ static int choose(struct going *g) {
             break;
         }
         emitted[step->emitted++] = (int32_t)token;
-        node = child_with(tree, node, (int32_t)token);
+        node = child_with(tree->tokens, tree->parents, tree->count, node, (int32_t)token);
         if (node >= 0) path[step->accepted++] = (int32_t)node;
         if (ends_with(text, (int32_t)token) || step->emitted == text->remaining) going = 0;
     }

@@ -24,6 +24,14 @@ static double now(void) {
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
 }
 
+/* The first child of a node with a token, -1 for none; children stand behind their parents. */
+static inline int64_t child_with(const int32_t *tokens, const int32_t *parents, int64_t count,
+                                 int64_t parent, int32_t token) {
+    for (int64_t node = parent + 1; node < count; node++)
+        if (parents[node] == parent && tokens[node] == token) return node;
+    return -1;
+}
+
 /* What noise is added to, as the processors leave it: scores of some `tokens`, or of all if null. */
 struct scored {
     const float *scores;

@@ -1,22 +1,113 @@
-"""Single choices of C code by the logits of one node: what `multi_step` makes many of.
+"""Choices of sampled tokens in C: walks down the trees of several rows, shared out among threads.
 
-For tests: within several steps nobody sees what a nucleus left.
+Each token is that of `specdec.verifiers.coupled` behind temperature, top-k and nucleus, to the last
+bit; where C code cannot be sure of it, others must choose.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from specdec.kernels.native import library
+from specdec.kernels.native import library, why_not
 from specdec.kernels.step_structs import ChoosingStruct
 from specdec.kernels.truncated_row import MOST_LEFT
 
 _SOURCE = Path(__file__).with_suffix(".c")
+_POINTER, _LONG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+class WalkStruct(ctypes.Structure):
+    """`struct walk`."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("tokens", "parents", "logits")),
+        *((name, _LONG) for name in ("nodes", "position")),
+        *((name, _POINTER) for name in ("path", "emitted")),
+        *((name, _LONG) for name in ("accepted", "count")),
+        *((name, _REAL) for name in ("processing", "seconds")),
+    )
+
+
+class RowTree(NamedTuple):
+    """A row's tree of N nodes, and what the target said of it.
+
+    Attributes:
+        tokens: of the nodes; this and the next as in `DraftTree`.
+        parents: of the nodes.
+        logits: ``[N, V]`` float32 on the CPU, contiguous.
+        position: absolute position of the root.
+    """
+
+    tokens: Sequence[int]
+    parents: Sequence[int]
+    logits: Tensor
+    position: int
+
+
+class Walked(NamedTuple):
+    """Where the choices led.
+
+    Attributes:
+        path: accepted nodes, root left out.
+        emitted: their tokens, and the one behind them.
+    """
+
+    path: list[int]
+    emitted: list[int]
+
+
+def serves() -> bool:
+    """Returns whether the C code can be had here."""
+    return why_not(_SOURCE) is None
+
+
+def walked(
+    choosing: Sequence[ChoosingStruct], trees: Sequence[RowTree]
+) -> tuple[list[Walked | None], float]:
+    """Walks down the trees of some rows, all of one vocabulary.
+
+    Args:
+        choosing: of each row, by noise; its `room` is set here.
+        trees: of each row.
+
+    Returns:
+        Where each row's choices led, None where others must choose; and the share of the time that
+        processors took.
+    """
+    count, width = len(trees), trees[0].logits.shape[1]
+    room = torch.empty(count, width, dtype=torch.float32)
+    own, walks = (ChoosingStruct * count)(*choosing), (WalkStruct * count)()
+    kept = []  # what the pointers point to
+    for place, tree in enumerate(trees):
+        own[place].room = room.data_ptr() + 4 * width * place
+        nodes = len(tree.tokens)
+        lists = array("i", tree.tokens), array("i", tree.parents), array("i", bytes(8 * nodes))
+        kept.append(lists)
+        tokens, parents, results = (numbers.buffer_info()[0] for numbers in lists)
+        walks[place] = WalkStruct(
+            tokens=tokens,
+            parents=parents,
+            logits=tree.logits.data_ptr(),
+            nodes=nodes,
+            position=tree.position,
+            path=results,
+            emitted=results + 4 * nodes,
+        )
+    _functions().token_choice_walks(own, walks, count, width, torch.get_num_threads())
+    found: list[Walked | None] = []
+    for walk, (*_, both) in zip(walks, kept, strict=True):
+        path, emitted = both[: walk.accepted], both[walk.nodes : walk.nodes + walk.count]
+        found.append(Walked(path.tolist(), emitted.tolist()) if walk.count > 0 else None)
+    seconds = sum(walk.seconds for walk in walks)
+    return found, sum(walk.processing for walk in walks) / seconds if seconds else 0.0
 
 
 def sampled_token(choosing: ChoosingStruct, logits: Tensor, position: int) -> int | None:
@@ -27,7 +118,9 @@ def sampled_token(choosing: ChoosingStruct, logits: Tensor, position: int) -> in
         logits: ``[V]`` float32, contiguous.
         position: absolute position of the token.
     """
-    token: int = _asked("token_choice", choosing, logits, position)
+    room = torch.empty_like(logits)
+    choosing.room = room.data_ptr()
+    token: int = _functions().token_choice(choosing, logits.data_ptr(), len(logits), position)
     return None if token < 0 else token
 
 
@@ -38,17 +131,26 @@ def left_tokens(choosing: ChoosingStruct, logits: Tensor) -> list[int] | None:
         choosing: with top-k or a nucleus.
         logits: ``[V]`` float32, contiguous.
     """
-    ids = (ctypes.c_int64 * MOST_LEFT)()
-    count = _asked("token_choice_left", choosing, logits, ctypes.addressof(ids))
+    room, ids = torch.empty_like(logits), (_LONG * MOST_LEFT)()
+    choosing.room = room.data_ptr()
+    count = _functions().token_choice_left(choosing, logits.data_ptr(), len(logits), ids)
     return None if count < 0 else ids[:count]
 
 
-def _asked(name: str, choosing: ChoosingStruct, logits: Tensor, last: int) -> int:
-    room = torch.empty_like(logits)
-    choosing.room = room.data_ptr()
-    function: Any = getattr(library(_SOURCE), name)
-    size = ctypes.c_int64
-    function.argtypes = [ctypes.POINTER(ChoosingStruct), ctypes.c_void_p, size, size]
-    function.restype = size
-    result: int = function(choosing, logits.data_ptr(), len(logits), last)
-    return result
+def structure_sizes() -> list[int]:
+    """Returns the bytes of C's `struct walk` and `struct choosing`."""
+    sizes = (_LONG * 2)()
+    _functions().token_choice_sizes(sizes)
+    return list(sizes)
+
+
+@functools.cache
+def _functions() -> Any:
+    own = library(_SOURCE)
+    choosing, walks = ctypes.POINTER(ChoosingStruct), ctypes.POINTER(WalkStruct)
+    own.token_choice_walks.argtypes = [choosing, walks, _LONG, _LONG, ctypes.c_int]
+    own.token_choice_walks.restype = None
+    own.token_choice.argtypes = [choosing, _POINTER, _LONG, _LONG]
+    own.token_choice_left.argtypes = [choosing, _POINTER, _LONG, _POINTER]
+    own.token_choice.restype = own.token_choice_left.restype = _LONG
+    return own

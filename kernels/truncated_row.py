@@ -15,7 +15,7 @@ from torch import Tensor
 from specdec.kernels.native import library, why_not
 
 MOST_K = 64  # a list that is kept sorted by insertion
-MOST_LEFT = 8 * MOST_K  # of a top-k more only where many are equal, and what a nucleus may hold
+MOST_LEFT = 8 * MOST_K  # of top-k only where many are equal; of a nucleus' tokens
 _SOURCE = Path(__file__).with_suffix(".c")
 
 

@@ -18,6 +18,7 @@ from specdec.budget import NodeBudget
 from specdec.call import Call
 from specdec.drafting import Drafting
 from specdec.multi_step import MultiStep
+from specdec.native_verdicts import NativeVerdicts
 from specdec.prefill import prefill_order
 from specdec.random import RowStreams
 from specdec.row_copies import row_copies
@@ -28,7 +29,7 @@ from specdec.stats import DecodeStats
 from specdec.stopping import RowStopper
 from specdec.target import Scores, TargetModel
 from specdec.trees.tree import DraftTree
-from specdec.types import Drafter, StepOutcome, TopTokens, TreePolicy, Verifier
+from specdec.types import Drafter, StepOutcome, TopTokens, TreePolicy, Verdict, Verifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class DecodeLoop:
             )
             for index, (item, row_streams) in enumerate(zip(inputs, streams, strict=True))
         ]
+        self._verdicts = NativeVerdicts(call, parts, stats)
         self._several = MultiStep.of(call, self.rows, parts, target, stats, self._verify)
         # rows in the order of the cache; the active ones come first
         self.places = list(self.rows)
@@ -195,9 +197,11 @@ class DecodeLoop:
         all_logits = scores.of(trees)
         with self._stats.timed("verify"):
             tops = scores.top_tokens(trees, top_k)
+        verdicts = self._verdicts.of(active, trees, all_logits)
+        told = zip(active, trees, all_logits, tops, verdicts, strict=True)
         try:
-            for row, tree, logits, top in zip(active, trees, all_logits, tops, strict=True):
-                self._verify(row, TreeLogits(tree, logits), steps, top)
+            for row, tree, logits, top, verdict in told:
+                self._verify(row, TreeLogits(tree, logits), steps, top, verdict)
         finally:
             for step in steps:
                 self.rows[step.row].stats.record(step.tree.parent_list, step.path, len(step.tokens))
@@ -261,24 +265,20 @@ class DecodeLoop:
         scored: Scored,
         steps: list[Step],
         top: TopTokens | None = None,
+        verdict: Verdict | None = None,
     ) -> None:
-        """Lets the verifier decide; adds to `steps` what became text, also when it raises."""
-        verifier, tree = self._parts.verifier, scored.tree
+        """Makes text of a verdict, for which the verifier is asked if there is none yet.
+
+        Adds to `steps` what became text, also when it raises.
+        """
+        tree, law = scored.tree, None
         step = Step(row.index, [], [], scored)
-        law = ProcessedLaw(
-            tree,
-            scored.logits,
-            row.prefix,
-            row.processors,
-            greedy=self._call.greedy,
-            root_position=row.root_position,
-            ends=row.stopper.eos_token_ids,
-            reach=partial(row.reach, step) if verifier.walks_down else None,
-            choices=None if top is None else top.choices,
-        )
         try:
             with self._stats.timed("verify"), suppress(RowEnded):
-                path, next_token = verifier.verify(tree, law, row.streams.verify)
+                if verdict is None:
+                    law = self._law(row, step, top)
+                    verdict = self._parts.verifier.verify(tree, law, row.streams.verify)
+                path, next_token = verdict
                 emitted = [*(tree.token_list[node] for node in path), next_token]
                 row.commit(step, law, path, emitted)
         finally:
@@ -286,8 +286,23 @@ class DecodeLoop:
                 # the verifier's path may go on behind the end of the text
                 step.path = step.path[: len(step.tokens)]
                 steps.append(step)
-            self._stats.seconds["verify"] -= law.processor_seconds
-            self._stats.seconds["processors"] += law.processor_seconds
+            if law is not None:
+                self._stats.seconds["verify"] -= law.processor_seconds
+                self._stats.seconds["processors"] += law.processor_seconds
+
+    def _law(self, row: Row, step: Step, top: TopTokens | None) -> ProcessedLaw:
+        """Returns the target's law at the nodes of a step's tree."""
+        return ProcessedLaw(
+            step.tree,
+            step.logits,
+            row.prefix,
+            row.processors,
+            greedy=self._call.greedy,
+            root_position=row.root_position,
+            ends=row.stopper.eos_token_ids,
+            reach=partial(row.reach, step) if self._parts.verifier.walks_down else None,
+            choices=None if top is None else top.choices,
+        )
 
     def _retire(self) -> None:
         """Takes finished rows out of the batch."""

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from specdec.kernels.decoder_layer import why_not_native
 from specdec.kernels.keyed_argmax import keyed_argmax_reference
-from specdec.kernels.token_choice import left_tokens, sampled_token
+from specdec.kernels.step_structs import ChoosingStruct
+from specdec.kernels.token_choice import (
+    RowTree,
+    WalkStruct,
+    left_tokens,
+    sampled_token,
+    structure_sizes,
+    walked,
+)
 from specdec.native_rules import sampling
 from specdec.random import SeededRandom
+from specdec.sampling import Prefix, ProcessedLaw
+from specdec.trees.tree import DraftTree
+from specdec.verifiers import Coupled
 from specdec.warpers import cheaper, joined, truncation_of
 
 pytestmark = pytest.mark.skipif(
@@ -120,3 +137,58 @@ def test_tokens_of_next_to_no_chance_stay_where_they_must(
             assert mine in (None, theirs)
             told += mine is not None
     assert told or kept > 1 or top_p not in (0.5, 0.9)
+
+
+def tree_of(nodes: int, rng: np.random.Generator) -> DraftTree:
+    """Returns a tree of the few likeliest tokens, some siblings of which repeat a token."""
+    parents = [-1, *(int(rng.integers(node)) for node in range(1, nodes))]
+    return DraftTree.from_lists(rng.integers(6, size=nodes).tolist(), parents)
+
+
+def test_walks_are_those_of_the_rule() -> None:
+    """Rows of several trees at once, one of which C code leaves to others."""
+    rng = np.random.default_rng(0)
+    parts = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(5), TopPLogitsWarper(0.9)]
+    processors = joined([cheaper(part) for part in parts])
+    left = truncation_of(processors)
+    assert left is not None
+    accepted = 0
+    for _ in range(40):
+        trees = [tree_of(int(rng.integers(1, 24)), rng) for _ in range(5)]
+        logits = [
+            torch.from_numpy(rng.normal(0, 2, (len(t), 90)).astype(np.float32)) for t in trees
+        ]
+        for own in logits:
+            own[:, :6] += 4
+        logits[2][0, 7] = torch.nan
+        rows = [SeededRandom(3, row, 0) for row in range(5)]
+        found, share = walked(
+            [sampling(left, row) for row in rows],
+            [
+                RowTree(tree.token_list, tree.parent_list, own, 10 * place)
+                for place, (tree, own) in enumerate(zip(trees, logits, strict=True))
+            ],
+        )
+        assert 0 < share < 1
+        for place, walk in enumerate(found):
+            if place == 2:
+                assert walk is None
+                continue
+            assert walk is not None
+            law = ProcessedLaw(
+                trees[place],
+                logits[place],
+                Prefix([1], torch.device("cpu")),
+                LogitsProcessorList(processors),
+                greedy=False,
+                root_position=10 * place,
+            )
+            path, token = Coupled().verify(trees[place], law, rows[place])
+            assert walk.path == path
+            assert walk.emitted == [*(trees[place].token_list[node] for node in path), token]
+            accepted += len(path)
+    assert accepted > 30
+
+
+def test_structures_are_those_of_the_c_code() -> None:
+    assert structure_sizes() == [ctypes.sizeof(WalkStruct), ctypes.sizeof(ChoosingStruct)]

@@ -1,0 +1,70 @@
+"""The verdicts of `coupled` about the trees of a step, in one call of C where C code may choose."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specdec.call import Call
+from specdec.kernels.step_structs import SAMPLED
+from specdec.kernels.token_choice import RowTree, serves, walked
+from specdec.native_rules import choosing_of
+from specdec.row_text import Row
+from specdec.stats import DecodeStats
+from specdec.trees.tree import DraftTree
+from specdec.types import Verdict
+from specdec.verifiers.coupled import Coupled
+
+if TYPE_CHECKING:
+    from specdec.loop import Parts
+
+
+class NativeVerdicts:
+    """Decides about sampled rows whose processors only truncate; leaves all others to the verifier.
+
+    Args:
+        call: whose rows these are.
+        parts: of the loop.
+        stats: of the call; the time counts there.
+    """
+
+    def __init__(self, call: Call, parts: Parts, stats: DecodeStats) -> None:
+        self._call, self._parts, self._stats = call, parts, stats
+        self._serves = not call.greedy and type(parts.verifier) is Coupled and serves()
+
+    def of(
+        self, rows: Sequence[Row], trees: Sequence[DraftTree], logits: Sequence[Tensor]
+    ) -> list[Verdict | None]:
+        """Returns a verdict for each row; None where the verifier is to be asked.
+
+        Args:
+            rows: of the step.
+            trees: that were scored.
+            logits: ``[N, V]`` of each.
+        """
+        verdicts: list[Verdict | None] = [None] * len(rows)
+        if not self._serves:
+            return verdicts
+        begin = time.perf_counter()
+        places, choosing, walks = [], [], []
+        for place, (row, tree, own) in enumerate(zip(rows, trees, logits, strict=True)):
+            how = choosing_of(self._call, row, self._parts)
+            fits = own.is_cpu and own.dtype is torch.float32 and own.is_contiguous()
+            if how.way == SAMPLED and fits:
+                places.append(place)
+                choosing.append(how)
+                walks.append(RowTree(tree.token_list, tree.parent_list, own, row.root_position))
+        share = 0.0
+        if walks:
+            found, share = walked(choosing, walks)
+            for place, own_walk in zip(places, found, strict=True):
+                if own_walk is not None:
+                    verdicts[place] = Verdict(own_walk.path, own_walk.emitted[-1])
+        seconds = time.perf_counter() - begin
+        self._stats.seconds["processors"] += share * seconds
+        self._stats.seconds["verify"] += (1.0 - share) * seconds
+        return verdicts

@@ -1,0 +1,123 @@
+"""Verdicts of C code about the trees of a step: texts, trees and counts are the verifier's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_multi_step import JUDGED
+
+from specdec import SpeculativeGenerator
+from specdec.errors import LogitsError
+from specdec.kernels.token_choice import serves
+from specdec.native_verdicts import NativeVerdicts
+
+pytestmark = pytest.mark.skipif(not serves(), reason="no native code")
+SAMPLED: dict[str, dict[str, Any]] = {
+    "all": {"top_k": 0},
+    "top_k": {"temperature": 0.8, "top_k": 10},
+    "nucleus": {"temperature": 0.7, "top_p": 0.9},
+    "nucleus_of_all": {"top_k": 0, "top_p": 0.8},
+}
+PARTS: dict[str, dict[str, Any]] = {
+    "plain": {"drafter": None},
+    "trigram": {"drafter": "trigram", "node_budget": 6},
+    "static": {"drafter": "token_recycling", "policy": "static", "node_budget": 20},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    yield from tiny.one_thread()
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each row of each step, whether there was a verdict."""
+    seen: list[bool] = []
+    of = NativeVerdicts.of
+
+    def counted(self: NativeVerdicts, *args: Any) -> Any:
+        verdicts = of(self, *args)
+        seen.extend(verdict is not None for verdict in verdicts)
+        return verdicts
+
+    monkeypatch.setattr(NativeVerdicts, "of", counted)
+    return seen
+
+
+def written(parts: dict[str, Any], **arguments: Any) -> tuple[list[Any], Any]:
+    """Returns the steps of a ragged batch of three, and what the rows came to."""
+    generator = SpeculativeGenerator(tiny.make_model("llama"), verifier="coupled", **parts)
+    prompts = tiny.ids(tiny.prompt(9), tiny.prompt(9, seed=1), tiny.prompt(9, seed=2))
+    mask = torch.ones_like(prompts)
+    mask[1, :3] = 0
+    arguments = {"max_new_tokens": 40, "do_sample": True, "seed": 6} | arguments
+    steps = list(generator.trace(prompts, attention_mask=mask, **arguments))
+    assert generator.stats is not None
+    rows = [row.to_dict() for row in generator.stats.rows]
+    return [(step.row, step.tokens, step.path, step.tree.token_list) for step in steps], rows
+
+
+@pytest.mark.parametrize("way", SAMPLED)
+@pytest.mark.parametrize("parts", PARTS)
+def test_batches_are_those_of_the_verifier(
+    parts: str, way: str, told: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = written(PARTS[parts], **SAMPLED[way])
+    assert sum(told) > 0.8 * len(told) > 30
+    monkeypatch.setattr(NativeVerdicts, "of", lambda _, rows, *__: [None] * len(rows))
+    assert mine == written(PARTS[parts], **SAMPLED[way])
+
+
+def test_rows_end_where_they_must(told: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within an accepted path too."""
+    steps, _ = written(PARTS["trigram"], **SAMPLED["all"])
+    ends = [tokens[0] for _, tokens, path, _ in steps[6:] if path][:3]
+    mine = written(PARTS["trigram"], eos_token_id=ends, **SAMPLED["all"])
+    assert sum(told) > 30
+    monkeypatch.setattr(NativeVerdicts, "of", lambda _, rows, *__: [None] * len(rows))
+    assert mine == written(PARTS["trigram"], eos_token_id=ends, **SAMPLED["all"])
+    assert any(row["num_emitted"] < 39 for row in mine[1])
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_others_are_asked_where_c_code_may_not_choose(name: str, told: list[bool]) -> None:
+    own = dict(JUDGED[name])
+    generator = SpeculativeGenerator(
+        tiny.make_model("llama"), drafter="trigram", verifier=own.pop("verifier", "coupled")
+    )
+    generator.generate(
+        tiny.ids(tiny.prompt(8), tiny.prompt(8, seed=1)), max_new_tokens=9, do_sample=True, **own
+    )
+    assert told
+    assert not any(told)
+
+
+@pytest.mark.parametrize("arguments", [{"do_sample": False}, {"verifier": "rejection"}])
+def test_other_rules_decide_themselves(arguments: dict[str, Any], told: list[bool]) -> None:
+    verifier = arguments.get("verifier", "coupled")
+    generator = SpeculativeGenerator(tiny.make_model("llama"), drafter=None, verifier=verifier)
+    sample = arguments.get("do_sample", True)
+    generator.generate(
+        tiny.ids(tiny.prompt(8), tiny.prompt(8, seed=1)), max_new_tokens=9, do_sample=sample
+    )
+    assert told
+    assert not any(told)
+
+
+def test_numbers_that_are_none_are_told_of(told: list[bool]) -> None:
+    generator = SpeculativeGenerator(tiny.make_model("llama"), drafter=None)
+    prompts, text = tiny.ids(tiny.prompt(8), tiny.prompt(8, seed=1)), []
+    sampled = {"max_new_tokens": 30, "do_sample": True, "seed": 3, "top_k": 0}
+    for row, tokens in generator.stream(prompts, **sampled):
+        text += [tokens[0]] if row == 1 else []
+    place = next(i for i in range(12, 30) if text[i] not in text[:i] + tiny.prompt(8, seed=1))
+    with torch.no_grad():
+        generator.model.model.embed_tokens.weight[text[place]] = torch.nan
+    with pytest.raises(LogitsError, match="are NaN"):
+        generator.generate(prompts, **sampled)
+    assert any(told)
