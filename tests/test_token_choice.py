@@ -145,6 +145,10 @@ def tree_of(nodes: int, rng: np.random.Generator) -> DraftTree:
     return DraftTree.from_lists(rng.integers(6, size=nodes).tolist(), parents)
 
 
+def lists_of(tree: DraftTree) -> tuple[list[int], list[int]]:
+    return tree.token_list, tree.parent_list
+
+
 def test_walks_are_those_of_the_rule() -> None:
     """Rows of several trees at once, one of which C code leaves to others."""
     rng = np.random.default_rng(0)
@@ -165,7 +169,7 @@ def test_walks_are_those_of_the_rule() -> None:
         found, share = walked(
             [sampling(left, row) for row in rows],
             [
-                RowTree(tree.token_list, tree.parent_list, own, 10 * place)
+                RowTree(*lists_of(tree), own, 10 * place)
                 for place, (tree, own) in enumerate(zip(trees, logits, strict=True))
             ],
         )
@@ -187,7 +191,29 @@ def test_walks_are_those_of_the_rule() -> None:
             assert walk.path == path
             assert walk.emitted == [*(trees[place].token_list[node] for node in path), token]
             accepted += len(path)
+            if path:  # the walk gets to a node that C code cannot choose at
+                logits[place][path[-1], 7] = torch.nan
+                row = RowTree(*lists_of(trees[place]), logits[place], 10 * place)
+                assert walked([sampling(left, rows[place])], [row])[0] == [None]
     assert accepted > 30
+
+
+def test_rows_at_once_are_rows_by_themselves() -> None:
+    """Whatever threads share them out; of a temperature alone each needs its own room."""
+    rng = np.random.default_rng(1)
+    left = truncation_of([TemperatureLogitsWarper(3.0)])
+    assert left is not None
+    tree = DraftTree.root_only(1)
+    for _ in range(10):
+        rows = [
+            RowTree(*lists_of(tree), torch.from_numpy(own), 5)
+            for own in rng.normal(0, 1, (8, 1, 30000)).astype(np.float32)
+        ]
+        choosing = [sampling(left, SeededRandom(2, row, 0)) for row in range(8)]
+        together, _ = walked(choosing, rows)
+        alone = [walked([own], [row])[0][0] for own, row in zip(choosing, rows, strict=True)]
+        assert together == alone
+        assert None not in together
 
 
 def test_structures_are_those_of_the_c_code() -> None:
