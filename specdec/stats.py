@@ -193,6 +193,16 @@ class DecodeStats:
         return _Timed(self.seconds, phase)
 
     @property
+    def step_seconds(self) -> float:
+        """What the steps took, the prefill and the user's processors left out."""
+        return sum(self.seconds.values()) - self.seconds["prefill"] - self.seconds["processors"]
+
+    @property
+    def beside_seconds(self) -> float:
+        """What of it is beside the target's passes: drafting, verifying, committing, learning."""
+        return self.step_seconds - self.seconds["target"]
+
+    @property
     def totals(self) -> Counts:
         """All rows' counts added up."""
         total = Counts()

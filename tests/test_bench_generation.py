@@ -31,7 +31,10 @@ from specdec.stats import Counts
 
 def run(method: str, prompt: int, seconds: float, baseline: float, category: str = "a") -> Run:
     counts = Counts(9 + prompt, 6, num_drafted=12)
-    return Run(method, prompt, category, seconds, baseline, 10, counts, 0.5 * seconds, prompt != 2)
+    half, steps = 0.5 * seconds, 0.8 * seconds
+    return Run(
+        method, prompt, category, seconds, baseline, 10, counts, half, half, steps, prompt != 2
+    )
 
 
 def test_summaries_are_of_all_seconds_together() -> None:
@@ -44,6 +47,7 @@ def test_summaries_are_of_all_seconds_together() -> None:
     assert overall.tokens_per_second == pytest.approx(30 / 6)
     assert overall.block_efficiency == pytest.approx((9 + 10 + 11) / 18)
     assert (overall.nodes, overall.draft_ms) == (2.0, pytest.approx(1000 * 3 / 18))
+    assert overall.beside == pytest.approx(0.5 / 0.8)
     assert (overall.identical, overall.prompts) == (2, 3)
 
 
@@ -79,6 +83,13 @@ def test_every_method_runs_on_every_prompt(do_sample: bool) -> None:
     assert {r.num_tokens for r in runs} == {6}
     assert all(r.speedup == 1.0 for r in runs if r.method == BASELINE)
     assert {r.identical for r in runs} == {None if do_sample else True}
+    for r in runs:
+        if r.method in (BASELINE, LOOKUP):
+            assert r.beside_seconds is r.step_seconds is None
+        else:
+            assert r.beside_seconds is not None
+            assert r.step_seconds is not None
+            assert 0 < r.beside_seconds < r.step_seconds < r.seconds
     # of transformers' methods all tokens and all passes: plain decoding has one for each
     passes = {r.method: r.counts.target_calls for r in runs if r.prompt == 0}
     assert (passes[BASELINE], passes[PLAIN]) == (6, 5)

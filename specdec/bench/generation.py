@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from specdec.generator import SpeculativeGenerator
-from specdec.stats import Counts
+from specdec.stats import Counts, DecodeStats
 
 BASELINE = "model.generate"
 PLAIN = "plain, our loop"
@@ -34,7 +34,9 @@ class Run:
         counts: of all rows; transformers' methods tell nothing of their drafts, so theirs are all
             tokens and all passes, the first pass included, which verifies guesses there too.
         draft_seconds: spent on drafting and on learning from what became of it; None where the
-            method does not tell.
+            method does not tell, this and the next two.
+        beside_seconds: of the steps beside the target's passes, see `DecodeStats`.
+        step_seconds: of the steps, prefill and the user's processors left out.
         identical: whether the tokens are those of the baseline; None where the method samples
             other tokens by design.
     """
@@ -47,6 +49,8 @@ class Run:
     num_tokens: int
     counts: Counts
     draft_seconds: float | None
+    beside_seconds: float | None
+    step_seconds: float | None
     identical: bool | None
 
     @property
@@ -92,8 +96,8 @@ class Method:
 
     def run(
         self, inputs: Mapping[str, Tensor], **arguments: Any
-    ) -> tuple[Tensor, int, Counts, float | None]:
-        """Returns ids ``[B, T + new]``, new tokens, counts and seconds of drafting, as in `Run`."""
+    ) -> tuple[Tensor, int, Counts, DecodeStats | None]:
+        """Returns ids ``[B, T + new]``, new tokens and counts as in `Run`, and all else told."""
         ids = inputs["input_ids"]
         rest = {name: value for name, value in inputs.items() if name != "input_ids"}
         if self.generator is None:
@@ -106,7 +110,7 @@ class Method:
         assert stats is not None
         assert isinstance(text, Tensor)
         tokens = sum(row.num_generated for row in stats.rows)
-        return text, tokens, stats.totals, stats.seconds["draft"] + stats.seconds["observe"]
+        return text, tokens, stats.totals, stats
 
 
 @contextmanager
@@ -197,7 +201,7 @@ def time_prompts(
             done = methods[name].run(inputs, **arguments)
             now[name] = (time.perf_counter() - begin, *done)
         baseline_seconds, expected, *_ = now[BASELINE]
-        for name, (seconds, text, tokens, counts, draft_seconds) in now.items():
+        for name, (seconds, text, tokens, counts, stats) in now.items():
             same = text.shape == expected.shape and torch.equal(text, expected)
             run = Run(
                 method=name,
@@ -207,7 +211,9 @@ def time_prompts(
                 baseline_seconds=baseline_seconds,
                 num_tokens=tokens,
                 counts=counts,
-                draft_seconds=draft_seconds,
+                draft_seconds=stats and stats.seconds["draft"] + stats.seconds["observe"],
+                beside_seconds=stats and stats.beside_seconds,
+                step_seconds=stats and stats.step_seconds,
                 identical=None if arguments["do_sample"] else same,
             )
             known = best.setdefault((index, name), run)

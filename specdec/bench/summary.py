@@ -33,6 +33,7 @@ class Summary:
         tokens_per_second: of all prompts together.
         counts: of all prompts together, see `Run.counts`.
         draft_ms: milliseconds of drafting and learning a tree; None where the method does not tell.
+        beside: share of the steps beside the target's passes, see `DecodeStats`; None likewise.
         identical: prompts with the baseline's tokens, None where it is not to be expected.
     """
 
@@ -48,6 +49,7 @@ class Summary:
     tokens_per_second: float
     counts: Counts
     draft_ms: float | None
+    beside: float | None
     identical: int | None
 
     @property
@@ -92,6 +94,8 @@ def _summary(method: str, category: str, runs: Sequence[Run]) -> Summary:
     counts = Counts()
     for run in runs:
         counts.add(run.counts)
+    beside = sum(run.beside_seconds or 0.0 for run in runs)
+    steps = sum(run.step_seconds or 0.0 for run in runs)
     draft_ms = None
     if drafting:
         draft_ms = 1000 * sum(drafting) / counts.target_calls if counts.target_calls else 0.0
@@ -108,6 +112,7 @@ def _summary(method: str, category: str, runs: Sequence[Run]) -> Summary:
         tokens_per_second=float(sum(run.num_tokens for run in runs) / seconds.sum()),
         counts=counts,
         draft_ms=draft_ms,
+        beside=beside / steps if steps else None,
         identical=sum(exact) if exact else None,
     )
 

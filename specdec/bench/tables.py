@@ -24,11 +24,12 @@ def overall_table(title: str, summaries: Sequence[Summary], memory: Mapping[str,
     table = Table(
         title=f"{title}: against {BASELINE}",
         caption="speed: of all prompts together, 95 % interval over prompts; slower: share of "
-        "prompts; nodes and draft ms: a target call; MB: beside the model's weights",
+        "prompts; nodes and draft ms: a target call; beside: share of the steps beside the model's "
+        "passes, processors apart; MB: beside the model's weights",
     )
     table.add_column("method", overflow="fold")
     columns = ("speed", "interval", "median", "slower", "tok/s", "block eff.", "accepted", "nodes")
-    for heading in (*columns, "draft ms", "same", "MB"):
+    for heading in (*columns, "draft ms", "beside", "same", "MB"):
         table.add_column(heading, justify="right")
     for s in summaries:
         if s.category == OVERALL:
@@ -44,6 +45,7 @@ def overall_table(title: str, summaries: Sequence[Summary], memory: Mapping[str,
                 f"{s.counts.acceptance_rate:.0%}" if s.counts.num_tested else "",
                 f"{s.nodes:.1f}" if tells else "",
                 "" if s.draft_ms is None else f"{s.draft_ms:.2f}",
+                "" if s.beside is None else f"{s.beside:.1%}",
                 "" if s.identical is None else f"{s.identical}/{s.prompts}",
                 f"{memory[s.method] / 1e6:.0f}",
             )
