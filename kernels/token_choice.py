@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,19 +76,20 @@ def walked(
     """Walks down the trees of some rows, all of one vocabulary.
 
     Args:
-        choosing: of each row, by noise; its `room` is set here.
+        choosing: of each row, by noise.
         trees: of each row.
 
     Returns:
-        Where each row's choices led, None where others must choose; and the share of the time that
-        processors took.
+        Where each row's choices led, None where others must choose; and the seconds that passed
+        while the threads were at the processors.
     """
-    count, width = len(trees), trees[0].logits.shape[1]
-    room = torch.empty(count, width, dtype=torch.float32)
+    count, width, threads = len(trees), trees[0].logits.shape[1], torch.get_num_threads()
+    # where scores of all tokens are made
+    needs = any(not how.k and how.temperature != 1 for how in choosing)
+    rooms = torch.empty(threads if needs else 0, width, dtype=torch.float32)
     own, walks = (ChoosingStruct * count)(*choosing), (WalkStruct * count)()
     kept = []  # what the pointers point to
     for place, tree in enumerate(trees):
-        own[place].room = room.data_ptr() + 4 * width * place
         nodes = len(tree.tokens)
         lists = array("i", tree.tokens), array("i", tree.parents), array("i", bytes(8 * nodes))
         kept.append(lists)
@@ -101,13 +103,15 @@ def walked(
             path=results,
             emitted=results + 4 * nodes,
         )
-    _functions().token_choice_walks(own, walks, count, width, torch.get_num_threads())
+    begin = time.perf_counter()
+    _functions().token_choice_walks(own, walks, count, width, rooms.data_ptr(), threads)
+    took = time.perf_counter() - begin
     found: list[Walked | None] = []
     for walk, (*_, both) in zip(walks, kept, strict=True):
         path, emitted = both[: walk.accepted], both[walk.nodes : walk.nodes + walk.count]
         found.append(Walked(path.tolist(), emitted.tolist()) if walk.count > 0 else None)
     seconds = sum(walk.seconds for walk in walks)
-    return found, sum(walk.processing for walk in walks) / seconds if seconds else 0.0
+    return found, took * sum(walk.processing for walk in walks) / seconds if seconds else 0.0
 
 
 def sampled_token(choosing: ChoosingStruct, logits: Tensor, position: int) -> int | None:
@@ -148,7 +152,7 @@ def structure_sizes() -> list[int]:
 def _functions() -> Any:
     own = library(_SOURCE)
     choosing, walks = ctypes.POINTER(ChoosingStruct), ctypes.POINTER(WalkStruct)
-    own.token_choice_walks.argtypes = [choosing, walks, _LONG, _LONG, ctypes.c_int]
+    own.token_choice_walks.argtypes = [choosing, walks, _LONG, _LONG, _POINTER, ctypes.c_int]
     own.token_choice_walks.restype = None
     own.token_choice.argtypes = [choosing, _POINTER, _LONG, _LONG]
     own.token_choice_left.argtypes = [choosing, _POINTER, _LONG, _POINTER]

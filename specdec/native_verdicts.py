@@ -34,7 +34,7 @@ class NativeVerdicts:
 
     def __init__(self, call: Call, parts: Parts, stats: DecodeStats) -> None:
         self._call, self._parts, self._stats = call, parts, stats
-        self._serves = not call.greedy and type(parts.verifier) is Coupled and serves()
+        self._may = not call.greedy and type(parts.verifier) is Coupled
 
     def of(
         self, rows: Sequence[Row], trees: Sequence[DraftTree], logits: Sequence[Tensor]
@@ -47,24 +47,23 @@ class NativeVerdicts:
             logits: ``[N, V]`` of each.
         """
         verdicts: list[Verdict | None] = [None] * len(rows)
-        if not self._serves:
+        fits = [own.is_cpu and own.dtype is torch.float32 for own in logits]
+        if not self._may or not any(fits) or not serves():
             return verdicts
         begin = time.perf_counter()
         places, choosing, walks = [], [], []
         for place, (row, tree, own) in enumerate(zip(rows, trees, logits, strict=True)):
             how = choosing_of(self._call, row, self._parts)
-            fits = own.is_cpu and own.dtype is torch.float32 and own.is_contiguous()
-            if how.way == SAMPLED and fits:
+            if how.way == SAMPLED and fits[place] and own.is_contiguous():
                 places.append(place)
                 choosing.append(how)
                 walks.append(RowTree(tree.token_list, tree.parent_list, own, row.root_position))
-        share = 0.0
+        processing = 0.0
         if walks:
-            found, share = walked(choosing, walks)
+            found, processing = walked(choosing, walks)
             for place, own_walk in zip(places, found, strict=True):
                 if own_walk is not None:
                     verdicts[place] = Verdict(own_walk.path, own_walk.emitted[-1])
-        seconds = time.perf_counter() - begin
-        self._stats.seconds["processors"] += share * seconds
-        self._stats.seconds["verify"] += (1.0 - share) * seconds
+        self._stats.seconds["processors"] += processing
+        self._stats.seconds["verify"] += time.perf_counter() - begin - processing
         return verdicts

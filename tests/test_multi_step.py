@@ -33,6 +33,7 @@ from specdec.kernels import step_structs
 from specdec.kernels.decoder_layer import why_not_native
 from specdec.kernels.multi_step import RowDecoder, serves, structure_sizes
 from specdec.kernels.truncated_row import MOST_K, MOST_LEFT
+from specdec.native_verdicts import NativeVerdicts
 from specdec.row_text import Row, Step
 from specdec.testing.wrong import AlwaysWrong
 from specdec.trees import BestFirst, CoupledBestFirst
@@ -77,7 +78,9 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has Python take each step, and its verifier decide."""
     monkeypatch.setattr(multi_step.MultiStep, "of", lambda *_: None)
+    monkeypatch.setattr(NativeVerdicts, "of", lambda _, rows, *__: [None] * len(rows))
 
 
 def generator_of(drafter: Any, family: str = "llama", **options: Any) -> SpeculativeGenerator:

@@ -82,6 +82,7 @@ def test_rows_end_where_they_must(told: list[bool], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(NativeVerdicts, "of", lambda _, rows, *__: [None] * len(rows))
     assert mine == written(PARTS["trigram"], eos_token_id=ends, **SAMPLED["all"])
     assert any(row["num_emitted"] < 39 for row in mine[1])
+    assert any(path and len(path) == len(tokens) for _, tokens, path, _ in mine[0])
 
 
 @pytest.mark.parametrize("name", JUDGED)
@@ -109,7 +110,10 @@ def test_other_rules_decide_themselves(arguments: dict[str, Any], told: list[boo
     assert not any(told)
 
 
-def test_numbers_that_are_none_are_told_of(told: list[bool]) -> None:
+def test_numbers_that_are_none_are_told_of(
+    told: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the text of all rows before them."""
     generator = SpeculativeGenerator(tiny.make_model("llama"), drafter=None)
     prompts, text = tiny.ids(tiny.prompt(8), tiny.prompt(8, seed=1)), []
     sampled = {"max_new_tokens": 30, "do_sample": True, "seed": 3, "top_k": 0}
@@ -118,6 +122,55 @@ def test_numbers_that_are_none_are_told_of(told: list[bool]) -> None:
     place = next(i for i in range(12, 30) if text[i] not in text[:i] + tiny.prompt(8, seed=1))
     with torch.no_grad():
         generator.model.model.embed_tokens.weight[text[place]] = torch.nan
-    with pytest.raises(LogitsError, match="are NaN"):
-        generator.generate(prompts, **sampled)
-    assert any(told)
+    texts = []
+    for _ in range(2):
+        came: list[tuple[int, list[int]]] = []
+        with pytest.raises(LogitsError, match="are NaN"):
+            delivered(generator.stream(prompts, **sampled), came)
+        texts.append(came)
+        assert any(told)
+        monkeypatch.setattr(NativeVerdicts, "of", lambda _, rows, *__: [None] * len(rows))
+    assert texts[0] == texts[1]
+    assert sum(len(tokens) for _, tokens in texts[0]) > 20
+
+
+def delivered(stream: Iterator[tuple[int, list[int]]], came: list[tuple[int, list[int]]]) -> None:
+    """Adds what comes, until there is an error."""
+    for one in stream:
+        came.append(one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lone_row_with_a_drafter_of_pythons(
+    dtype: torch.dtype, told: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step by step; logits of another dtype are the verifier's."""
+    steps = []
+    for _ in range(2):
+        generator = SpeculativeGenerator(
+            tiny.make_model("llama").to(dtype), drafter="prompt_lookup", node_budget=4
+        )
+        prompt = tiny.ids(tiny.prompt(9))
+        run = generator.trace(prompt, max_new_tokens=40, do_sample=True, seed=2, top_k=20)
+        steps.append([(step.tokens, step.path, step.tree.token_list) for step in run])
+        assert generator.stats is not None
+        seconds = generator.stats.seconds
+        assert all(phase >= 0 for phase in seconds.values())
+        assert any(told) == (dtype is torch.float32)
+        monkeypatch.setattr(NativeVerdicts, "of", lambda _, rows, *__: [None] * len(rows))
+    assert steps[0] == steps[1]
+
+
+def test_rows_of_one_prompt_are_told_apart(
+    told: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+    for _ in range(2):
+        generator = SpeculativeGenerator(tiny.make_model("llama"), drafter="trigram")
+        prompt = tiny.ids(tiny.prompt(9))
+        sampled = {"max_new_tokens": 20, "do_sample": True, "seed": 2**63 + 5}
+        texts.append(generator.generate(prompt, num_return_sequences=3, **sampled))
+        assert any(told)
+        monkeypatch.setattr(NativeVerdicts, "of", lambda _, rows, *__: [None] * len(rows))
+    assert torch.equal(*texts)
+    assert len({tuple(row) for row in texts[0].tolist()}) == 3

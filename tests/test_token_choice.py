@@ -166,14 +166,14 @@ def test_walks_are_those_of_the_rule() -> None:
             own[:, :6] += 4
         logits[2][0, 7] = torch.nan
         rows = [SeededRandom(3, row, 0) for row in range(5)]
-        found, share = walked(
+        found, seconds = walked(
             [sampling(left, row) for row in rows],
             [
                 RowTree(*lists_of(tree), own, 10 * place)
                 for place, (tree, own) in enumerate(zip(trees, logits, strict=True))
             ],
         )
-        assert 0 < share < 1
+        assert 0 < seconds < 1
         for place, walk in enumerate(found):
             if place == 2:
                 assert walk is None
@@ -201,6 +201,7 @@ def test_walks_are_those_of_the_rule() -> None:
 def test_rows_at_once_are_rows_by_themselves() -> None:
     """Whatever threads share them out; of a temperature alone each needs its own room."""
     rng = np.random.default_rng(1)
+    torch.set_num_threads(4)
     left = truncation_of([TemperatureLogitsWarper(3.0)])
     assert left is not None
     tree = DraftTree.root_only(1)
