@@ -1,14 +1,18 @@
 /* Walks down the trees of several rows by C code's choices, and single choices; see `token_choice.py`. */
 #include "token_choice.h"
 
-/* A row's tree, what the target said of it, and what comes of it. */
-struct walk {
-    const int32_t *tokens, *parents; /* [nodes] */
-    const float *logits;             /* [nodes, width] */
-    int64_t nodes, position;         /* of the root */
-    int32_t *path, *emitted;         /* [nodes]; accepted nodes, and what is emitted */
-    int64_t accepted, count;         /* of them; a count below 0: others must choose */
-    double processing, seconds;      /* of the processors, and of all */
+/* Trees of `count` rows, one behind the other, what the target said of them, and what comes of it. */
+struct walks {
+    const struct choosing *const *choosing; /* [count] */
+    const float *const *logits;             /* [count], each [nodes, width] */
+    const int64_t *firsts;                  /* [count + 1], where each row's nodes begin */
+    const int64_t *positions;               /* [count], of the roots */
+    const int32_t *tokens, *parents;        /* of all nodes; parents within the own tree */
+    int32_t *paths, *emitted; /* as the nodes stand: accepted ones, and what is emitted */
+    int64_t *accepted, *counts; /* [count], of these; a count below 0: others must choose */
+    double *processing, *seconds; /* [count], of the processors, and of all */
+    float *rooms; /* [threads, width], in place of the rows' own */
+    int64_t count, width, threads;
 };
 
 static int64_t token_of(const struct choosing *choosing, const float *logits, int64_t width,
@@ -19,34 +23,34 @@ static int64_t token_of(const struct choosing *choosing, const float *logits, in
     return sampled(choosing, logits, width, largest, position, processing);
 }
 
-static void walk_down(const struct choosing *choosing, struct walk *w, int64_t width) {
+static void walk_down(const struct walks *w, int64_t row) {
     const double begin = now();
-    w->accepted = w->count = 0, w->processing = 0;
+    const int64_t first = w->firsts[row], nodes = w->firsts[row + 1] - first;
+    const int32_t *tokens = w->tokens + first, *parents = w->parents + first;
+    struct choosing own = *w->choosing[row];
+    int64_t accepted = 0, count = 0;
+    double processing = 0;
+    own.room = w->rooms + omp_get_thread_num() * w->width;
     for (int64_t node = 0; node >= 0;) {
-        const int64_t position = w->position + w->count + 1;
-        const int64_t token =
-            token_of(choosing, w->logits + node * width, width, position, &w->processing);
+        const int64_t position = w->positions[row] + count + 1;
+        const float *logits = w->logits[row] + node * w->width;
+        const int64_t token = token_of(&own, logits, w->width, position, &processing);
         if (token < 0) {
-            w->count = -1;
+            count = -1;
             break;
         }
-        w->emitted[w->count++] = (int32_t)token;
-        node = child_with(w->tokens, w->parents, w->nodes, node, (int32_t)token);
-        if (node >= 0) w->path[w->accepted++] = (int32_t)node;
+        w->emitted[first + count++] = (int32_t)token;
+        node = child_with(tokens, parents, nodes, node, (int32_t)token);
+        if (node >= 0) w->paths[first + accepted++] = (int32_t)node;
     }
-    w->seconds = now() - begin;
+    w->accepted[row] = accepted, w->counts[row] = count;
+    w->processing[row] = processing, w->seconds[row] = now() - begin;
 }
 
-/* The trees of `count` rows, shared out among threads, each of which has a room of `rooms`
- * [threads, width] in place of the rows'. A row by itself does not wait for a second thread. */
-void token_choice_walks(const struct choosing *rows, struct walk *walks, int64_t count,
-                        int64_t width, float *rooms, int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (count > 1)
-    for (int64_t row = 0; row < count; row++) {
-        struct choosing own = rows[row];
-        own.room = rooms + omp_get_thread_num() * width;
-        walk_down(&own, walks + row, width);
-    }
+/* The rows are shared out among threads; one by itself does not wait for a second thread. */
+void token_choice_walks(const struct walks *w) {
+#pragma omp parallel for schedule(dynamic) num_threads(w->threads) if (w->count > 1)
+    for (int64_t row = 0; row < w->count; row++) walk_down(w, row);
 }
 
 /* The token at a position; below 0 where others must choose. */
@@ -69,5 +73,5 @@ int64_t token_choice_left(const struct choosing *choosing, const float *logits, 
 
 /* What Python must agree with. */
 void token_choice_sizes(int64_t *sizes) {
-    sizes[0] = sizeof(struct walk), sizes[1] = sizeof(struct choosing);
+    sizes[0] = sizeof(struct walks), sizes[1] = sizeof(struct choosing);
 }

@@ -11,6 +11,7 @@ import functools
 import time
 from array import array
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,15 +26,14 @@ _SOURCE = Path(__file__).with_suffix(".c")
 _POINTER, _LONG, _REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
-class WalkStruct(ctypes.Structure):
-    """`struct walk`."""
+class WalksStruct(ctypes.Structure):
+    """`struct walks`."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("tokens", "parents", "logits")),
-        *((name, _LONG) for name in ("nodes", "position")),
-        *((name, _POINTER) for name in ("path", "emitted")),
-        *((name, _LONG) for name in ("accepted", "count")),
-        *((name, _REAL) for name in ("processing", "seconds")),
+        *((name, _POINTER) for name in ("choosing", "logits", "firsts", "positions")),
+        *((name, _POINTER) for name in ("tokens", "parents", "paths", "emitted")),
+        *((name, _POINTER) for name in ("accepted", "counts", "processing", "seconds", "rooms")),
+        *((name, _LONG) for name in ("count", "width", "threads")),
     )
 
 
@@ -87,31 +87,29 @@ def walked(
     # where scores of all tokens are made
     needs = any(not how.k and how.temperature != 1 for how in choosing)
     rooms = torch.empty(threads if needs else 0, width, dtype=torch.float32)
-    own, walks = (ChoosingStruct * count)(*choosing), (WalkStruct * count)()
-    kept = []  # what the pointers point to
-    for place, tree in enumerate(trees):
-        nodes = len(tree.tokens)
-        lists = array("i", tree.tokens), array("i", tree.parents), array("i", bytes(8 * nodes))
-        kept.append(lists)
-        tokens, parents, results = (numbers.buffer_info()[0] for numbers in lists)
-        walks[place] = WalkStruct(
-            tokens=tokens,
-            parents=parents,
-            logits=tree.logits.data_ptr(),
-            nodes=nodes,
-            position=tree.position,
-            path=results,
-            emitted=results + 4 * nodes,
-        )
+    firsts = array("q", accumulate((len(tree.tokens) for tree in trees), initial=0))
+    given = (
+        array("q", map(ctypes.addressof, choosing)),
+        array("q", [tree.logits.data_ptr() for tree in trees]),
+        firsts,
+        array("q", [tree.position for tree in trees]),
+        array("i", chain.from_iterable(tree.tokens for tree in trees)),
+        array("i", chain.from_iterable(tree.parents for tree in trees)),
+    )
+    paths, emitted = (array("i", bytes(4 * firsts[-1])) for _ in range(2))
+    accepted, counts = (array("q", bytes(8 * count)) for _ in range(2))
+    processing, seconds = (array("d", bytes(8 * count)) for _ in range(2))
+    made = paths, emitted, accepted, counts, processing, seconds
+    pointers = [numbers.buffer_info()[0] for numbers in (*given, *made)]
+    walks = WalksStruct(*pointers, rooms.data_ptr(), count, width, threads)
     begin = time.perf_counter()
-    _functions().token_choice_walks(own, walks, count, width, rooms.data_ptr(), threads)
+    _functions().token_choice_walks(walks)
     took = time.perf_counter() - begin
     found: list[Walked | None] = []
-    for walk, (*_, both) in zip(walks, kept, strict=True):
-        path, emitted = both[: walk.accepted], both[walk.nodes : walk.nodes + walk.count]
-        found.append(Walked(path.tolist(), emitted.tolist()) if walk.count > 0 else None)
-    seconds = sum(walk.seconds for walk in walks)
-    return found, took * sum(walk.processing for walk in walks) / seconds if seconds else 0.0
+    for first, own_path, own in zip(firsts, accepted, counts, strict=False):
+        path, text = paths[first : first + own_path], emitted[first : first + own]
+        found.append(Walked(path.tolist(), text.tolist()) if own > 0 else None)
+    return found, took * sum(processing) / max(sum(seconds), 1e-9)
 
 
 def sampled_token(choosing: ChoosingStruct, logits: Tensor, position: int) -> int | None:
@@ -142,7 +140,7 @@ def left_tokens(choosing: ChoosingStruct, logits: Tensor) -> list[int] | None:
 
 
 def structure_sizes() -> list[int]:
-    """Returns the bytes of C's `struct walk` and `struct choosing`."""
+    """Returns the bytes of C's `struct walks` and `struct choosing`."""
     sizes = (_LONG * 2)()
     _functions().token_choice_sizes(sizes)
     return list(sizes)
@@ -151,9 +149,8 @@ def structure_sizes() -> list[int]:
 @functools.cache
 def _functions() -> Any:
     own = library(_SOURCE)
-    choosing, walks = ctypes.POINTER(ChoosingStruct), ctypes.POINTER(WalkStruct)
-    own.token_choice_walks.argtypes = [choosing, walks, _LONG, _LONG, _POINTER, ctypes.c_int]
-    own.token_choice_walks.restype = None
+    choosing, walks = ctypes.POINTER(ChoosingStruct), ctypes.POINTER(WalksStruct)
+    own.token_choice_walks.argtypes, own.token_choice_walks.restype = [walks], None
     own.token_choice.argtypes = [choosing, _POINTER, _LONG, _LONG]
     own.token_choice_left.argtypes = [choosing, _POINTER, _LONG, _POINTER]
     own.token_choice.restype = own.token_choice_left.restype = _LONG

@@ -52,17 +52,24 @@ def limits_of(call: Call, row: Row, parts: Parts) -> Limits | None:
 
 def choosing_of(call: Call, row: Row, parts: Parts) -> ChoosingStruct:
     """Returns how C code chooses tokens: if nobody else is to be asked, as the rule would."""
-    judged = ChoosingStruct(way=JUDGED)
-    if _is_looked_at(row):
-        return judged
     if call.greedy:
         likeliest = type(parts.verifier) in (Coupled, Match) and not row.processors
-        return ChoosingStruct(way=LIKELIEST) if likeliest else judged
-    left, random = truncation_of(row.processors), row.streams.verify
-    of_noise = type(parts.verifier) is Coupled and type(random) is SeededRandom
-    if not of_noise or left is None or left.top_k > MOST_K:
-        return judged
-    return sampling(left, random)
+        return ChoosingStruct(way=LIKELIEST if likeliest and not _is_looked_at(row) else JUDGED)
+    left = left_of(row) if may_sample(row, parts) else None
+    return ChoosingStruct(way=JUDGED) if left is None else sampling(left, row.streams.verify)
+
+
+def may_sample(row: Row, parts: Parts) -> bool:
+    """Returns whether nobody but processors is to be asked about a row that samples."""
+    # no subclass: what it changes would be left out
+    known = type(parts.verifier) is Coupled and type(row.streams.verify) is SeededRandom
+    return known and not _is_looked_at(row)
+
+
+def left_of(row: Row) -> Truncation | None:
+    """Returns what a row's processors leave as they are now; None where C code cannot tell."""
+    left = truncation_of(row.processors)
+    return None if left is None or left.top_k > MOST_K else left
 
 
 def sampling(left: Truncation, random: RandomSource) -> ChoosingStruct:

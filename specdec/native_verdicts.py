@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from specdec.call import Call
-from specdec.kernels.step_structs import SAMPLED
+from specdec.kernels.step_structs import ChoosingStruct
 from specdec.kernels.token_choice import RowTree, serves, walked
-from specdec.native_rules import choosing_of
+from specdec.native_rules import left_of, may_sample, sampling
 from specdec.row_text import Row
 from specdec.stats import DecodeStats
 from specdec.trees.tree import DraftTree
 from specdec.types import Verdict
 from specdec.verifiers.coupled import Coupled
+from specdec.warpers import Truncation
 
 if TYPE_CHECKING:
     from specdec.loop import Parts
@@ -33,8 +34,10 @@ class NativeVerdicts:
     """
 
     def __init__(self, call: Call, parts: Parts, stats: DecodeStats) -> None:
-        self._call, self._parts, self._stats = call, parts, stats
+        self._parts, self._stats = parts, stats
         self._may = not call.greedy and type(parts.verifier) is Coupled
+        self._may_sample: dict[int, bool] = {}  # by row, which does not change within a call
+        self._made: dict[int, tuple[Truncation, ChoosingStruct]] = {}
 
     def of(
         self, rows: Sequence[Row], trees: Sequence[DraftTree], logits: Sequence[Tensor]
@@ -47,14 +50,16 @@ class NativeVerdicts:
             logits: ``[N, V]`` of each.
         """
         verdicts: list[Verdict | None] = [None] * len(rows)
+        if not self._may:
+            return verdicts
         fits = [own.is_cpu and own.dtype is torch.float32 for own in logits]
-        if not self._may or not any(fits) or not serves():
+        if not any(fits) or not serves():
             return verdicts
         begin = time.perf_counter()
         places, choosing, walks = [], [], []
         for place, (row, tree, own) in enumerate(zip(rows, trees, logits, strict=True)):
-            how = choosing_of(self._call, row, self._parts)
-            if how.way == SAMPLED and fits[place] and own.is_contiguous():
+            how = self._choosing(row) if fits[place] and own.is_contiguous() else None
+            if how is not None:
                 places.append(place)
                 choosing.append(how)
                 walks.append(RowTree(tree.token_list, tree.parent_list, own, row.root_position))
@@ -67,3 +72,16 @@ class NativeVerdicts:
         self._stats.seconds["processors"] += processing
         self._stats.seconds["verify"] += time.perf_counter() - begin - processing
         return verdicts
+
+    def _choosing(self, row: Row) -> ChoosingStruct | None:
+        """Returns how C code chooses; anew where a processor was turned since the last step."""
+        index = row.index
+        if index not in self._may_sample:
+            self._may_sample[index] = may_sample(row, self._parts)
+        left = left_of(row) if self._may_sample[index] else None
+        if left is None:
+            return None
+        made = self._made.get(index)
+        if made is None or made[0] != left:
+            made = self._made[index] = left, sampling(left, row.streams.verify)
+        return made[1]

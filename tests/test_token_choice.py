@@ -21,7 +21,7 @@ from specdec.kernels.keyed_argmax import keyed_argmax_reference
 from specdec.kernels.step_structs import ChoosingStruct
 from specdec.kernels.token_choice import (
     RowTree,
-    WalkStruct,
+    WalksStruct,
     left_tokens,
     sampled_token,
     structure_sizes,
@@ -218,4 +218,4 @@ def test_rows_at_once_are_rows_by_themselves() -> None:
 
 
 def test_structures_are_those_of_the_c_code() -> None:
-    assert structure_sizes() == [ctypes.sizeof(WalkStruct), ctypes.sizeof(ChoosingStruct)]
+    assert structure_sizes() == [ctypes.sizeof(WalksStruct), ctypes.sizeof(ChoosingStruct)]
