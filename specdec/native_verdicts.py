@@ -18,7 +18,7 @@ from specdec.stats import DecodeStats
 from specdec.trees.tree import DraftTree
 from specdec.types import Verdict
 from specdec.verifiers.coupled import Coupled
-from specdec.warpers import Truncation
+from specdec.warpers import temperature_among
 
 if TYPE_CHECKING:
     from specdec.loop import Parts
@@ -36,8 +36,8 @@ class NativeVerdicts:
     def __init__(self, call: Call, parts: Parts, stats: DecodeStats) -> None:
         self._parts, self._stats = parts, stats
         self._may = not call.greedy and type(parts.verifier) is Coupled
-        self._may_sample: dict[int, bool] = {}  # by row, which does not change within a call
-        self._made: dict[int, tuple[Truncation, ChoosingStruct]] = {}
+        # by row, with the temperature that it was made for; None where C code may not choose
+        self._made: dict[int, tuple[float | None, ChoosingStruct | None]] = {}
 
     def of(
         self, rows: Sequence[Row], trees: Sequence[DraftTree], logits: Sequence[Tensor]
@@ -75,13 +75,11 @@ class NativeVerdicts:
 
     def _choosing(self, row: Row) -> ChoosingStruct | None:
         """Returns how C code chooses; anew where a processor was turned since the last step."""
-        index = row.index
-        if index not in self._may_sample:
-            self._may_sample[index] = may_sample(row, self._parts)
-        left = left_of(row) if self._may_sample[index] else None
-        if left is None:
-            return None
-        made = self._made.get(index)
-        if made is None or made[0] != left:
-            made = self._made[index] = left, sampling(left, row.streams.verify)
+        warper = temperature_among(row.processors)
+        temperature = None if warper is None else warper.temperature
+        made = self._made.get(row.index)
+        if made is None or made[0] != temperature:
+            left = left_of(row) if may_sample(row, self._parts) else None
+            how = None if left is None else sampling(left, row.streams.verify)
+            made = self._made[row.index] = temperature, how
         return made[1]

@@ -100,6 +100,15 @@ def truncation_of(processors: Sequence[Any]) -> Truncation | None:
     return None if parts else made
 
 
+def temperature_among(processors: Sequence[Any]) -> TemperatureLogitsWarper | None:
+    """Returns what of a truncation may be turned from outside: all else are our own copies."""
+    for processor in processors:
+        own = processor.temperature if type(processor) is JoinedLogitsWarper else processor
+        if type(own) is TemperatureLogitsWarper:
+            return own
+    return None
+
+
 def _is_plain(processor: Any, kind: type) -> bool:
     cuts = type(processor) is kind
     return cuts and bool(processor.filter_value == -np.inf)

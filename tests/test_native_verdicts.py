@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from test_multi_step import JUDGED
+from transformers import TemperatureLogitsWarper
 
 from specdec import SpeculativeGenerator
 from specdec.errors import LogitsError
@@ -174,3 +175,29 @@ def test_rows_of_one_prompt_are_told_apart(
         monkeypatch.setattr(NativeVerdicts, "of", lambda _, rows, *__: [None] * len(rows))
     assert torch.equal(*texts)
     assert len({tuple(row) for row in texts[0].tolist()}) == 3
+
+
+def test_a_temperature_may_be_turned_between_tokens(
+    told: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = []
+    for _ in range(2):
+        warper = TemperatureLogitsWarper(0.3)
+        generator = SpeculativeGenerator(
+            tiny.make_model("llama"), drafter="prompt_lookup", node_budget=4
+        )
+        stream = generator.stream(
+            tiny.ids(tiny.prompt(9)),
+            max_new_tokens=60,
+            do_sample=True,
+            seed=1,
+            top_k=0,
+            logits_processor=[warper],
+        )
+        texts.append([])
+        for _, tokens in stream:
+            texts[-1] += tokens
+            warper.temperature = 0.3 if len(texts[-1]) % 20 < 10 else 4.0
+        assert any(told)
+        monkeypatch.setattr(NativeVerdicts, "of", lambda _, rows, *__: [None] * len(rows))
+    assert texts[0] == texts[1]
