@@ -16,6 +16,7 @@ import tiny
 import torch
 
 from specdec.bench.generation import (
+    ASSISTED,
     BASELINE,
     LOOKUP,
     PLAIN,
@@ -84,7 +85,7 @@ def test_every_method_runs_on_every_prompt(do_sample: bool) -> None:
     assert all(r.speedup == 1.0 for r in runs if r.method == BASELINE)
     assert {r.identical for r in runs} == {None if do_sample else True}
     for r in runs:
-        if r.method in (BASELINE, LOOKUP):
+        if r.method in (BASELINE, LOOKUP, ASSISTED):
             assert r.beside_seconds is r.step_seconds is None
         else:
             assert r.beside_seconds is not None
